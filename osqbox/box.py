@@ -1,0 +1,347 @@
+"""The composition root: one nursery that opens identity, store, listeners and systems, and closes them in order.
+
+    identity ─▶ store ─▶ tenants, config files ─▶ listeners bound ─▶ ready
+    stop: held reads answered ─▶ listeners drained ─▶ sightings written ─▶ store closed
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from osqbox import __version__, tenants
+from osqbox.certs import ensure_identity, revoked_serials
+from osqbox.clock import Clock, SystemClock, rfc3339
+from osqbox.errors import BadSetup, Unsafe, UserError
+from osqbox.exchange import Peer
+from osqbox.feed import Feed
+from osqbox.flagfile import flagfile
+from osqbox.identity import Identity, snapshot
+from osqbox.listen import Limits, Listener, agents_asgi, probe_tls_minimum, rotate_certificate, server_context
+from osqbox.operator.app import Parts, make_app
+from osqbox.osquery import nodes
+from osqbox.osquery.presence import Presence
+from osqbox.osquery.routes import OsqueryApi
+from osqbox.osquery.tables import migrations as osquery_migrations
+from osqbox.osquery.upkeep import Upkeep, load_config_files
+from osqbox.running import write_private
+from osqbox.settings import Settings
+from osqbox.store import Store, Tx, drops
+
+log = logging.getLogger(__name__)
+
+IDENTITY_POLL_S = 1.0
+LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
+ANYWHERE = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared, not bound
+TLS_VERSIONS = {
+    "1.0": ssl.TLSVersion.TLSv1,
+    "1.1": ssl.TLSVersion.TLSv1_1,
+    "1.2": ssl.TLSVersion.TLSv1_2,
+    "1.3": ssl.TLSVersion.TLSv1_3,
+}
+
+
+def new_id() -> str:
+    """Identifies a node or a campaign; short enough to type."""
+    return secrets.token_hex(6)
+
+
+def new_key() -> str:
+    """A secret nobody can guess: node keys, carve sessions, tokens, enroll secrets."""
+    return secrets.token_urlsafe(24)
+
+
+@dataclass(eq=False)
+class Box:
+    """One running box. `stop` asks it to end; `wait_stopping` tells when somebody has."""
+
+    settings: Settings
+    clock: Clock
+    identity: Identity
+    store: Store
+    feed: Feed
+    presence: Presence
+    osquery: OsqueryApi
+    token: str
+    enroll_secret: str
+    started_at: float
+    is_ready: bool = False
+    stopping: trio.Event = field(default_factory=trio.Event)
+    agents: Listener = field(init=False)
+    operator: Listener = field(init=False)
+    tls_context: ssl.SSLContext = field(init=False)
+    _revoked: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._revoked = revoked_serials(self.identity) if self.identity.crl else frozenset()
+
+    def stop(self) -> None:
+        """Ask the box to drain and end; may be called again."""
+        self.stopping.set()
+        self.presence.stop()
+
+    def why_refused(self, peer: Peer) -> str | None:
+        """Asked for every connection and request: a revoked certificate is refused from the next request on."""
+        return "certificate_revoked" if peer.certificate_serial in self._revoked else None
+
+    async def watch_identity(self) -> None:
+        """Take over renewed certificates and new revocations without a restart."""
+        before = snapshot(self.identity)
+        while True:
+            await trio.sleep(IDENTITY_POLL_S)
+            now = snapshot(self.identity)
+            if now != before:
+                before = now
+                await self._reload_identity()
+
+    async def _reload_identity(self) -> None:
+        try:
+            rotate_certificate(self.tls_context, self.identity.server_cert, self.identity.server_key)
+            if self.identity.client_ca and self.settings.client_auth != "off":
+                self.tls_context.load_verify_locations(self.identity.client_ca)
+            if self.identity.crl:
+                self._revoked = await trio.to_thread.run_sync(revoked_serials, self.identity)
+        except (UserError, OSError) as error:
+            log.warning("certificates kept as they were: %s", error)
+            return
+        await self.store.write(lambda tx: tx.emit("certificates_reloaded", revoked=len(self._revoked)))
+
+    def operator_hosts(self) -> frozenset[str]:
+        """Values of the Host header that mean this listener."""
+        return frozenset(f"{name}:{self.operator.port}" for name in ("localhost", "127.0.0.1", "[::1]"))
+
+    @property
+    def agents_url(self) -> str:
+        return f"https://{_url_host(self.settings.host)}:{self.agents.port}"
+
+    @property
+    def operator_url(self) -> str:
+        return f"http://{_url_host(self.settings.operator_host)}:{self.operator.port}"
+
+    def ready(self) -> dict[str, Any]:
+        """The ready object (the design's public surface); None is what does not run."""
+        return {
+            "event": "ready",
+            "pid": os.getpid(),
+            "version": __version__,
+            "data": str(self.settings.data_dir),
+            "agents": self.agents_url,
+            "operator": self.operator_url,
+            "comms": None,
+            "jobs": None,
+            "comms_socket": None,
+            "token": self.token,
+            "ca": _text(self.identity.ca),
+            "client_cert": _text(self.identity.client_cert),
+            "client_key": _text(self.identity.client_key),
+            "enroll_secret": self.enroll_secret,
+            "enroll_secret_file": str(self.settings.data_dir / "enroll_secret"),
+            "flagfile": str(self.settings.data_dir / "osquery.flags"),
+        }
+
+    def info(self) -> dict[str, Any]:
+        """The ready object without its secrets, and what the parts say of themselves."""
+        public = {name: value for name, value in self.ready().items() if name not in ("token", "enroll_secret")}
+        return {
+            **public,
+            "started_at": rfc3339(self.started_at),
+            "uptime_s": round(self.clock.now() - self.started_at, 3),
+            "read_hold_s": self.settings.read_hold_s,
+            "statistics": {
+                "agents": msgspec.to_builtins(self.agents.statistics()),
+                "operator": msgspec.to_builtins(self.operator.statistics()),
+                "store": msgspec.to_builtins(self.store.statistics()),
+                "feed": msgspec.to_builtins(self.feed.statistics()),
+                "presence": msgspec.to_builtins(self.presence.statistics()),
+                "osquery": self.osquery.statistics(),
+            },
+            "drops": self.store.peek(drops),
+            "limits": {
+                "retention": msgspec.to_builtins(self.settings.retention),
+                "bounds": msgspec.to_builtins(self.settings.bounds),
+            },
+        }
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _url_host(host: str) -> str:
+    if host in ANYWHERE:
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
+
+
+@asynccontextmanager
+async def open_box(settings: Settings, *, clock: Clock | None = None) -> AsyncIterator[Box]:
+    """A box that is ready inside the block and gone after it.
+
+    Raises UserError when it cannot start, possibly inside an exception group.
+    """
+    clock = clock or SystemClock()
+    _check_exposure(settings)
+    identity = await trio.to_thread.run_sync(open_identity, settings, clock.now())
+    async with _open_store(settings, clock) as store:
+        box = await _assemble(settings, clock, identity, store)
+        files = await load_config_files(store, settings.config_files)
+        upkeep = Upkeep(store, box.presence, box.osquery, clock, settings.retention, files)
+        async with _serving(box, upkeep):
+            yield box
+
+
+def open_identity(settings: Settings, now: float) -> Identity:
+    """The certificates and the default enroll secret: ours, the user's own, or both mixed. Raises BadSetup."""
+    names = () if settings.host in LOOPBACK | ANYWHERE else (settings.host,)
+    ours = ensure_identity(settings.certs_dir, names=names, key_type=settings.key_type, now=now)
+    if settings.tls_cert is None and settings.tls_key is None and settings.client_ca is None:
+        return ours
+    if settings.tls_cert is None or settings.tls_key is None:
+        if settings.tls_cert or settings.tls_key:
+            raise BadSetup("expected --tls-cert and --tls-key together, got one of them")
+        return Identity.from_own(ours.server_cert, ours.server_key, settings.client_ca, now=now, base=ours)
+    return Identity.from_own(settings.tls_cert, settings.tls_key, settings.client_ca, now=now, base=ours)
+
+
+def _check_exposure(settings: Settings) -> None:
+    if settings.operator_host not in LOOPBACK:
+        raise Unsafe(
+            f"the operator listener speaks plain HTTP and carries a token: expected a loopback address, "
+            f"got {settings.operator_host!r}",
+            hint="ssh -L 8080:127.0.0.1:8080 HOST, and leave --operator-host alone",
+        )
+
+
+@asynccontextmanager
+async def _open_store(settings: Settings, clock: Clock) -> AsyncIterator[Store]:
+    migrations = (tenants.migrations, osquery_migrations)
+    store = Store.open(settings.data_dir / "osqbox.db", migrations, clock, Feed())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.writer)
+        try:
+            yield store
+        finally:
+            await store.aclose()
+
+
+async def _assemble(settings: Settings, clock: Clock, identity: Identity, store: Store) -> Box:
+    """Everything bound and prepared, nothing serving yet."""
+    secret = settings.enroll_secret or identity.enroll_secret()
+    await store.write(lambda tx: _prepare_default_tenant(tx, settings, secret))
+    presence = Presence()
+    presence.load(store.peek(nodes.sightings))
+    osquery = OsqueryApi(
+        store, presence, clock, settings.bounds, read_hold_s=settings.read_hold_s, new_key=new_key, new_id=new_id
+    )
+    token = settings.token or new_key()
+    box = Box(settings, clock, identity, store, store.feed, presence, osquery, token, secret, clock.now())
+    box.agents = _agents_listener(box)
+    box.operator = _operator_listener(box)
+    await box.agents.bind(settings.host, settings.agents_port)
+    try:
+        await box.operator.bind(settings.operator_host, settings.operator_port)
+    except BaseException:
+        box.agents.stop_accepting()
+        raise
+    _write_handouts(box)
+    return box
+
+
+def _prepare_default_tenant(tx: Tx, settings: Settings, secret: str) -> None:
+    options = tenants.TenantOptions(
+        open=settings.open_tenant, approve=settings.approve, client_cert=settings.cert_enrollment
+    )
+    before = tenants.find(tx.db, tenants.DEFAULT)
+    if before is None:
+        tenants.create(tx, tenants.DEFAULT, options)
+    elif (settings.open_tenant, settings.approve, settings.cert_enrollment) != (False, False, False):
+        merged = msgspec.structs.replace(
+            before.options,
+            open=before.options.open or options.open,
+            approve=before.options.approve or options.approve,
+            client_cert=before.options.client_cert or options.client_cert,
+        )
+        tenants.change(tx, tenants.DEFAULT, merged)
+    if tenants.find_secret(tx.db, [secret]) is None:
+        tenants.add_secret(tx, tenants.DEFAULT, secret, label="from the start of the box")
+
+
+def _agents_listener(box: Box) -> Listener:
+    settings, identity = box.settings, box.identity
+    minimum = TLS_VERSIONS.get(settings.agents_tls_min)
+    if minimum is None:
+        raise BadSetup(f"--agents-tls-min: expected one of {', '.join(TLS_VERSIONS)}, got {settings.agents_tls_min}")
+    if why := probe_tls_minimum(minimum):
+        raise BadSetup(f"TLS {settings.agents_tls_min} cannot be offered here: {why}", hint="osqbox serve")
+    box.tls_context = server_context(
+        identity.server_cert,
+        identity.server_key,
+        client_ca_file=identity.client_ca,
+        client_auth=settings.client_auth,
+        minimum=minimum,
+    )
+    return Listener(
+        "agents",
+        ssl_context=box.tls_context,
+        handler=box.osquery,
+        on_event=box.osquery.count_refused,
+        check_peer=box.why_refused,
+        limits=Limits(),
+    )
+
+
+def _operator_listener(box: Box) -> Listener:
+    parts = Parts(
+        store=box.store,
+        feed=box.feed,
+        clock=box.clock,
+        presence=box.presence,
+        osquery=box.osquery,
+        token=box.token,
+        info=box.info,
+        ready=lambda: box.is_ready,
+        stop=box.stop,
+        stopping=box.stopping,
+        allowed_hosts=box.operator_hosts,
+        new_id=new_id,
+        new_key=new_key,
+    )
+    return Listener("operator", app=make_app(parts), limits=Limits())
+
+
+def _write_handouts(box: Box) -> None:
+    """Files that a user points other programs to: the flag file and the secret it names."""
+    ready = box.ready()
+    write_private(Path(ready["enroll_secret_file"]), box.enroll_secret + "\n")
+    write_private(Path(ready["flagfile"]), flagfile(ready))
+
+
+@asynccontextmanager
+async def _serving(box: Box, upkeep: Upkeep) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(upkeep.run)
+        nursery.start_soon(box.watch_identity)
+        await nursery.start(box.agents.run)
+        await nursery.start(box.operator.run)
+        box.is_ready = True
+        try:
+            yield
+        finally:
+            box.is_ready = False
+            box.stop()
+            with trio.CancelScope(shield=True):
+                async with trio.open_nursery() as draining:
+                    draining.start_soon(box.agents.drain)
+                    draining.start_soon(box.operator.drain)
+                await upkeep.flush()
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,88 @@
+"""The command line: one file per verb, imported when its verb is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from osqbox import __version__
+from osqbox.errors import UserError
+
+VERBS = {
+    "serve": "run the box",
+    "demo": "run a throw-away box with this machine in it, and show what it can do",
+    "exec": "run a command against a fresh box and return its exit code",
+    "wait": "wait until a box is ready",
+    "status": "what the running box is doing",
+    "stop": "stop the running box",
+    "env": "print the environment that tells other programs where the box is",
+    "flags": "print the osqueryd flag file for the box",
+    "doctor": "what is wrong with this set-up and what to type next",
+    "nodes": "the enrolled hosts",
+    "query": "ask live hosts with SQL",
+    "logs": "log lines: list, search, follow, export",
+    "config": "config sources: put, explain, validate, roll back",
+    "carves": "files carved from hosts",
+    "yara": "YARA rules that hosts fetch",
+    "tenants": "tenants and their enroll secrets",
+    "certs": "the CA and its certificates: show, issue, renew, revoke",
+    "agent": "run an osquery agent for this machine",
+}
+
+
+class _Verbs(click.Group):
+    """Knows every verb's name and one line without importing it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's shape
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"osqbox.cli.{_module(cmd_name)}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def _module(verb: str) -> str:
+    return f"{verb}_" if verb == "exec" else verb
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="osqbox")
+def program() -> None:
+    """Everything around an endpoint agent, in one process you can start in a second."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code. Errors say what was expected, what came, and what to type next."""
+    try:
+        code = program.main(argv, prog_name="osqbox", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.Abort:
+        return 130
+    except click.ClickException as wrong:
+        wrong.show()
+        return wrong.exit_code
+    except UserError as error:
+        print(f"osqbox: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"try: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+def entry() -> None:
+    """The ``osqbox`` script."""
+    raise SystemExit(main())

@@ -1,0 +1,332 @@
+"""The listener: bind, accept, shake hands, hand over, count, drain."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from types import ModuleType
+
+import trio
+
+from osqbox.errors import BadSetup
+from osqbox.exchange import Handler, Peer
+
+from .asgi import ASGIApp, Lifespan, agents_asgi, guarded
+from .connection import (
+    Books,
+    Budget,
+    Connection,
+    HttpDate,
+    Limits,
+    Shared,
+    Statistics,
+    enter_connection,
+    kinds_of,
+)
+from .inline import serve_inline
+from .sockets import open_sockets
+from .tls import certificate_identity
+
+logger = logging.getLogger("osqbox.listen")
+
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+_ACCEPT_PAUSE_S = 0.1
+_MAPPED_V4 = "::ffff:"
+_PLAINTEXT = {"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"}
+_NOTHING_IN_COMMON = {"UNSUPPORTED_PROTOCOL", "NO_SHARED_CIPHER", "VERSION_TOO_LOW", "NO_PROTOCOLS_AVAILABLE"}
+
+
+class Listener:
+    """One bound address, TLS or clear.
+
+    With a ``handler``, ordinary HTTP/1.x requests are answered inline by it, and ``app`` (by default
+    `agents_asgi` of the same handler) serves HTTP/2 and WebSockets. Without one, ``app`` serves everything.
+    ``on_event`` is told the reason of every refusal, failed handshake and error, in one word to be counted.
+    ``check_peer`` says why a peer may not be served (a revoked certificate), or None; it is asked after the
+    handshake and before every request.
+
+    Raises BadSetup when the installed Hypercorn is not the one whose repairs are here.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        handler: Handler | None = None,
+        app: ASGIApp | None = None,
+        limits: Limits | None = None,
+        on_event: Callable[[str], None] | None = None,
+        check_peer: Callable[[Peer], str | None] | None = None,
+    ) -> None:
+        if app is None:
+            if handler is None:
+                raise ValueError("a listener needs a handler, an app, or both")
+            app = agents_asgi(handler)
+        repairs = _load_repairs()
+        self.name = name
+        self.limits = limits or Limits()
+        self._books = Books(on_event or _ignore)
+        self._shared = Shared(
+            name, self.limits, self._books, Budget(self.limits.inflight_body_bytes), check_peer, HttpDate()
+        )
+        self._ssl_context = ssl_context
+        self._handler = handler
+        self._app = app
+        # a handler bounds its bodies itself, request by request
+        self._guarded_app = guarded(app, body_limit_bytes=None if handler else self.limits.app_body_bytes)
+        self._config = repairs.hypercorn_config(self.limits)
+        self._context = repairs.WorkerContext(None)
+        self._repairs = repairs
+        self._id_prefix = secrets.token_hex(6)
+        self._sockets: list[trio.socket.SocketType] = []
+        self._port: int | None = None
+        self._connections: set[Connection] = set()
+        self._nursery: trio.Nursery | None = None
+        self._accepting = trio.CancelScope()
+        self._stopping = False
+        self._emptied = trio.Event()
+
+    # before
+
+    async def bind(self, host: str, port: int) -> None:
+        """Listen; connections wait in the kernel until `run`. ``localhost`` means IPv4 and IPv6 on the same port.
+
+        Raises AddressInUse or BadSetup with the command to try next.
+        """
+        self._sockets += await open_sockets(self.name, host, port)
+        self._port = self._sockets[0].getsockname()[1]
+
+    @property
+    def port(self) -> int:
+        if self._port is None:
+            raise RuntimeError(f"{self.name}: bind() before asking for the port")
+        return self._port
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Every address listened on."""
+        return [sock.getsockname()[:2] for sock in self._sockets]
+
+    # running
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `drain` or `stop_accepting` and the last connection. Started when the application is."""
+        lifespan = Lifespan(self._app, self.name, self.limits)
+        try:
+            async with trio.open_nursery() as outer:
+                await lifespan.start(outer)
+                async with trio.open_nursery() as self._nursery:
+                    task_status.started()
+                    with self._accepting:
+                        async with trio.open_nursery() as acceptors:
+                            for sock in self._sockets:
+                                acceptors.start_soon(self._accept, trio.SocketListener(sock), self._nursery)
+                await lifespan.stop()
+        finally:
+            self.stop_accepting()
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets. Open connections are served on."""
+        self._stopping = True
+        self._accepting.cancel()
+        for sock in self._sockets:
+            sock.close()
+
+    async def drain(self) -> None:
+        """Stop: idle connections at once, requests in flight within ``drain_timeout_s``, then whatever is left.
+
+        Returns when no connection is open. Never waits for a client.
+        """
+        self.stop_accepting()
+        await self._context.terminated.set()
+        for connection in list(self._connections):
+            connection.retire()
+        if await self._is_empty_within(self.limits.drain_timeout_s):
+            return
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+        if await self._is_empty_within(self.limits.close_timeout_s):
+            return
+        for connection in list(self._connections):
+            connection.abort()
+        if not await self._is_empty_within(self.limits.close_timeout_s):
+            logger.warning("%s: %d connections do not end", self.name, len(self._connections))
+
+    async def _is_empty_within(self, timeout_s: float) -> bool:
+        with trio.move_on_after(timeout_s):
+            while self._connections:
+                self._emptied = trio.Event()
+                await self._emptied.wait()
+        return not self._connections
+
+    def statistics(self) -> Statistics:
+        books = self._books
+        return Statistics(
+            open_connections=len(self._connections),
+            accepted=books.accepted,
+            requests=books.requests,
+            dropped=books.dropped,
+            errors=books.errors,
+            handshake_failures=dict(books.handshake_failures),
+            refused=dict(books.refused),
+        )
+
+    # one connection
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                transport = await listener.accept()
+            except OSError as error:
+                if error.errno not in _OUT_OF_RESOURCES:
+                    raise
+                logger.warning("%s: cannot accept: %s", self.name, error.strerror)
+                self._books.refuse("accept_resources")
+                await trio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            if len(self._connections) >= self.limits.max_connections:
+                self._books.refuse("connections_full")
+                transport.socket.close()
+            else:
+                self._books.accepted += 1
+                peer = Peer(address="", connection=f"{self._id_prefix}-{self._books.accepted:x}")
+                nursery.start_soon(self._serve, Connection(self._shared, transport, peer))
+
+    async def _serve(self, connection: Connection) -> None:
+        """A connection from accept to close. Whatever goes wrong in it stays in it."""
+        self._connections.add(connection)
+        enter_connection(connection)
+        try:
+            try:
+                with connection.whole:
+                    await self._converse(connection)
+            finally:
+                await connection.close()
+        except* Exception as group:
+            self._books.error()
+            kinds = kinds_of(group)
+            logger.error("%s: connection from %s ended by %s", self.name, connection.peer.address, kinds)
+            logger.debug("%s: connection ended", self.name, exc_info=group)
+        finally:
+            self._connections.discard(connection)
+            if not self._connections:
+                self._emptied.set()
+
+    async def _converse(self, connection: Connection) -> None:
+        connection.peer = replace(connection.peer, address=_address(connection.transport))
+        stream = None
+        if self._ssl_context is not None:
+            stream = await self._handshake(connection, self._ssl_context)
+            if stream is None:
+                return
+        if connection.retiring:
+            return
+        if connection.refusal_of_peer() is not None:
+            self._books.refuse("certificate_revoked")
+            return
+        http2 = stream is not None and stream.selected_alpn_protocol() == "h2"
+        already_read: bytes | None = b""
+        if self._handler is not None and not http2:
+            already_read = await serve_inline(connection, self._handler)
+            connection.scope = trio.CancelScope()
+        if already_read is not None:
+            hypercorn = self._repairs.HypercornConnection(connection, self._guarded_app, self._config, self._context)
+            await hypercorn.run(http2=http2, already_read=already_read)
+
+    async def _handshake(
+        self, connection: Connection, context: ssl.SSLContext
+    ) -> trio.SSLStream[trio.SocketStream] | None:
+        """The TLS stream of a peer that is known now; None when there is none, which is counted."""
+        stream = trio.SSLStream(connection.transport, context, server_side=True)
+        connection.stream = stream
+        failure: ssl.SSLError | None = None
+        reason = "timeout"
+        with connection.scope:
+            connection.until(self.limits.handshake_timeout_s)
+            try:
+                await stream.do_handshake()
+                reason = ""
+            except trio.BrokenResourceError as error:
+                failure = error.__cause__ if isinstance(error.__cause__, ssl.SSLError) else None
+                reason = handshake_failure(failure)
+                await _send_alert(stream)
+        connection.scope = trio.CancelScope()
+        if reason:
+            if not connection.retiring:
+                self._fail_handshake(connection, reason, failure)
+            return None
+        connection.peer = _introduced(connection.peer, stream)
+        return stream
+
+    def _fail_handshake(self, connection: Connection, reason: str, failure: ssl.SSLError | None) -> None:
+        self._books.fail_handshake(reason)
+        detail = f" ({failure.reason})" if failure is not None and failure.reason else ""
+        logger.info("%s: no TLS with %s: %s%s", self.name, connection.peer.address, reason, detail)
+
+
+def handshake_failure(error: ssl.SSLError | None) -> str:
+    """One word for why a handshake failed; None stands for a peer that left."""
+    reason = (error.reason or "") if error is not None else ""
+    if not reason or "EOF" in reason:
+        return "gone"
+    if reason in _PLAINTEXT:
+        return "plaintext"
+    if "ALERT" in reason:
+        return "refused_by_client"  # most often: it does not know our CA
+    if "CERTIFICATE" in reason:
+        return "client_certificate"
+    if reason in _NOTHING_IN_COMMON:
+        return "version_or_cipher"
+    return "other"
+
+
+async def _send_alert(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Send what OpenSSL has to say about a failed handshake, which Trio leaves unsent.
+
+    Without it the client reads "connection reset" instead of "certificate required".
+    """
+    outgoing = getattr(stream, "_outgoing", None)
+    alert = outgoing.read() if outgoing is not None else b""
+    if alert:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await stream.transport_stream.send_all(alert)
+
+
+def _introduced(peer: Peer, stream: trio.SSLStream[trio.SocketStream]) -> Peer:
+    identity = certificate_identity(stream.getpeercert())
+    return replace(
+        peer,
+        certificate_name=identity.name,
+        certificate_serial=identity.serial,
+        certificate_tenant=identity.tenant,
+        tls_version=stream.version(),
+    )
+
+
+def _address(transport: trio.SocketStream) -> str:
+    """The other end's IP address; empty when it has left already."""
+    try:
+        address = str(transport.socket.getpeername()[0])
+    except OSError:
+        return ""
+    return address.removeprefix(_MAPPED_V4)
+
+
+def _load_repairs() -> ModuleType:
+    """Hypercorn and its repairs, imported by who really listens only: they take a third of the start-up time."""
+    try:
+        from . import hypercorn_repairs
+    except ImportError as error:
+        raise BadSetup(f"this Hypercorn cannot be used: {error}", hint="pip install 'hypercorn~=0.18.0'") from error
+    hypercorn_repairs.check_seams()
+    return hypercorn_repairs
+
+
+def _ignore(_reason: str) -> None:
+    return

@@ -1,0 +1,297 @@
+"""Carves: files an agent sends in blocks, kept whole and checked."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import sqlite3
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from osqbox.clock import rfc3339
+from osqbox.errors import BadUsage, Refused
+from osqbox.osquery.messages import CarveBegin, CarveBlock, whole
+from osqbox.osquery.nodes import Node
+from osqbox.store import Tx, count_dropped
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+BLOCK_MAX_BYTES = 48 * 1024 * 1024
+BLOCKS_MAX = 1_000_000
+IDLE_S = 86400.0
+LISTED_MEMBERS = 10_000
+LISTED_BYTES = 512 * 1024 * 1024
+
+
+def begin(tx: Tx, node: Node, message: CarveBegin, limit_bytes: int, new_id: Callable[[], str]) -> str:
+    """Open a carve; returns its session id. The same carve begun twice goes on in its session."""
+    size_bytes = whole(message.carve_size, "carve_size", 0, limit_bytes)
+    block_bytes = whole(message.block_size, "block_size", 1, BLOCK_MAX_BYTES)
+    count = whole(message.block_count, "block_count", 0, BLOCKS_MAX)
+    if count != -(-size_bytes // block_bytes):
+        raise Refused(
+            "carve_mismatch",
+            f"block_count: expected {-(-size_bytes // block_bytes)} for {size_bytes} bytes in blocks of {block_bytes}, "
+            f"got {count}",
+        )
+    again = tx.db.execute(
+        "SELECT session_id FROM osquery_carves WHERE node = ? AND carve_id = ? AND carve_id <> '' AND request_id = ? "
+        "AND block_count = ? AND block_size = ? AND carve_size = ? AND state = 'receiving'",
+        (node.id, message.carve_id, message.request_id, count, block_bytes, size_bytes),
+    ).fetchone()
+    if again:
+        return str(again[0])
+    session = new_id()
+    tx.db.execute(
+        "INSERT INTO osquery_carves(session_id, tenant, node, carve_id, request_id, block_count, block_size, carve_size, "
+        "state, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'receiving', ?, ?)",
+        (
+            session,
+            node.tenant,
+            node.id,
+            message.carve_id,
+            message.request_id,
+            count,
+            block_bytes,
+            size_bytes,
+            tx.now,
+            tx.now,
+        ),
+    )
+    tx.emit("carve_started", tenant=node.tenant, node=node.id, session=session, bytes=size_bytes)
+    if count == 0:
+        _complete(tx, session)
+    return session
+
+
+def block_data(message: CarveBlock) -> bytes:
+    """The block's bytes. Raises Refused when they are not base64."""
+    try:
+        return base64.b64decode(message.data.encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise Refused("bad_block", "data: expected standard base64") from None
+
+
+def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None) -> None:
+    """Store one block, in any order; the session id authorises it, as blocks carry no node key.
+
+    A block received twice is stored once. Raises Refused for anything that would spoil the archive.
+    """
+    row = tx.db.execute(
+        "SELECT c.tenant, c.node, c.request_id, c.block_count, c.block_size, c.carve_size, c.state, t.closed_at, n.status "
+        "FROM osquery_carves c JOIN tenants t ON t.name = c.tenant LEFT JOIN osquery_nodes n ON n.id = c.node "
+        "WHERE c.session_id = ?",
+        (message.session_id,),
+    ).fetchone()
+    if row is None or row[7] is not None or row[8] != "active" or (node is not None and node.id != row[1]):
+        raise Refused("carve_unknown", "session_id: not an open carve of this node", status=404)
+    tenant, owner, request_id, count, block_bytes, size_bytes, state = row[:7]
+    if message.request_id and message.request_id != request_id:
+        raise Refused("carve_mismatch", "request_id: differs from the one this carve was begun with")
+    index = whole(message.block_id, "block_id", 0, count - 1)
+    expected = min(block_bytes, size_bytes - index * block_bytes)
+    if len(data) != expected:
+        raise Refused("bad_block", f"data: expected {expected} bytes in block {index}, got {len(data)}")
+    kept = tx.db.execute(
+        "SELECT data FROM osquery_carve_blocks WHERE session_id = ? AND block_id = ?",
+        (message.session_id, index),
+    ).fetchone()
+    if kept is not None:
+        if kept[0] != data:
+            raise Refused("bad_block", f"block {index} came twice with different bytes")
+        return
+    if state != "receiving":
+        raise Refused("carve_unknown", "session_id: this carve has ended", status=404)
+    tx.db.execute("INSERT INTO osquery_carve_blocks VALUES (?, ?, ?)", (message.session_id, index, data))
+    tx.db.execute(
+        "UPDATE osquery_carves SET received_blocks = received_blocks + 1, updated_at = ? WHERE session_id = ?",
+        (tx.now, message.session_id),
+    )
+    received = tx.db.execute(
+        "SELECT received_blocks FROM osquery_carves WHERE session_id = ?", (message.session_id,)
+    ).fetchone()[0]
+    tx.emit("carve_block_received", tenant=tenant, node=owner, session=message.session_id, block=index)
+    if received == count:
+        _complete(tx, message.session_id)
+
+
+def _complete(tx: Tx, session: str) -> None:
+    digest, compressed = hashlib.sha256(), False
+    for index, data in enumerate(archive(tx.db, session)):
+        compressed = data.startswith(ZSTD_MAGIC) if index == 0 else compressed
+        digest.update(data)
+    tx.db.execute(
+        "UPDATE osquery_carves SET state = 'complete', sha256 = ?, compressed = ?, updated_at = ? WHERE session_id = ?",
+        (digest.hexdigest(), int(compressed), tx.now, session),
+    )
+    tenant, node = tx.db.execute("SELECT tenant, node FROM osquery_carves WHERE session_id = ?", (session,)).fetchone()
+    tx.emit("carve_completed", tenant=tenant, node=node, session=session, sha256=digest.hexdigest())
+
+
+def archive(db: sqlite3.Connection, session: str) -> Iterator[bytes]:
+    """The archive's bytes, block by block."""
+    for row in db.execute("SELECT data FROM osquery_carve_blocks WHERE session_id = ? ORDER BY block_id", (session,)):
+        yield row[0]
+
+
+def blocks(db: sqlite3.Connection, session: str, start: int, limit: int) -> list[bytes]:
+    """Blocks from ``start`` on, for a download that must not hold a read open."""
+    rows = db.execute(
+        "SELECT data FROM osquery_carve_blocks WHERE session_id = ? AND block_id >= ? ORDER BY block_id LIMIT ?",
+        (session, start, limit),
+    )
+    return [row[0] for row in rows]
+
+
+_CARVE = (
+    "SELECT c.session_id, c.tenant, c.node, c.carve_id, c.request_id, c.block_count, c.block_size, c.carve_size, "
+    "c.received_blocks, c.state, c.sha256, c.compressed, c.created_at, c.updated_at, n.hostname "
+    "FROM osquery_carves c LEFT JOIN osquery_nodes n ON n.id = c.node "
+)
+_NAMES = (
+    "id", "tenant", "node", "carve_id", "request_id", "block_count", "block_size", "carve_size", "received_blocks",
+    "status", "sha256", "compressed", "created_at", "updated_at", "hostname",
+)  # fmt: skip
+
+
+def _as_json(row: Sequence[Any]) -> dict[str, Any]:
+    facts = dict(zip(_NAMES, row, strict=True))
+    facts["compressed"] = None if facts["compressed"] is None else bool(facts["compressed"])
+    facts["created_at"], facts["updated_at"] = rfc3339(facts["created_at"]), rfc3339(facts["updated_at"])
+    return facts
+
+
+def latest(db: sqlite3.Connection, limit: int, tenant: str | None = None) -> list[dict[str, Any]]:
+    """The newest carves first."""
+    rows = db.execute(
+        f"{_CARVE} WHERE ?1 IS NULL OR c.tenant = ?1 ORDER BY c.created_at DESC LIMIT ?2", (tenant, limit)
+    )
+    return [_as_json(row) for row in rows]
+
+
+def get(db: sqlite3.Connection, session: str) -> dict[str, Any]:
+    """A carve by session id, the agent's carve id, or ``latest``. Raises BadUsage."""
+    row = db.execute(
+        f"{_CARVE} WHERE c.session_id = ?1 OR c.carve_id = ?1 OR ?1 = 'latest' ORDER BY c.created_at DESC LIMIT 1",
+        (session,),
+    ).fetchone()
+    if row is None:
+        raise BadUsage(f"no carve {session!r}", hint="osqbox carves list")
+    return _as_json(row)
+
+
+def members(db: sqlite3.Connection, session: str) -> list[dict[str, Any]]:
+    """What a complete archive holds: ``{name, type, size, mode, mtime}``. Nothing is ever unpacked to disk.
+
+    Raises BadUsage when the carve is incomplete or not a tar archive.
+    """
+    carve = get(db, session)
+    if carve["status"] != "complete":
+        raise BadUsage(
+            f"carve {session} is {carve['status']}: {carve['received_blocks']} of {carve['block_count']} blocks"
+        )
+    stream: Any = _BlockStream(archive(db, carve["id"]))
+    if carve["compressed"]:
+        import zstandard
+
+        stream = zstandard.ZstdDecompressor().stream_reader(stream)
+    try:
+        return _list_tar(_Bounded(stream, LISTED_BYTES))
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        raise BadUsage(f"carve {session}: expected a tar archive, got: {error}") from None
+
+
+def _list_tar(stream: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            if len(found) >= LISTED_MEMBERS:
+                break
+            kind = (
+                "file" if member.isfile() else "directory" if member.isdir() else "link" if member.issym() else "other"
+            )
+            found.append(
+                {
+                    "name": member.name,
+                    "type": kind,
+                    "size": member.size,
+                    "mode": member.mode,
+                    "mtime": rfc3339(float(member.mtime)),
+                }
+            )
+    return found
+
+
+class _BlockStream(io.RawIOBase):
+    """The blocks of a carve as one readable file."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = part
+        taken = self._rest[: len(buffer)]
+        self._rest = self._rest[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+class _Bounded:
+    """Ends the listing of an archive that unpacks to more than is read."""
+
+    def __init__(self, stream: Any, limit_bytes: int) -> None:
+        self._stream = stream
+        self._left_bytes = limit_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size if size >= 0 else 65536)
+        self._left_bytes -= len(data)
+        if self._left_bytes < 0:
+            raise ValueError(f"more than {LISTED_BYTES} bytes when unpacked")
+        return data
+
+
+def delete(tx: Tx, session: str) -> None:
+    """Remove a carve and its blocks. Raises BadUsage."""
+    carve = get(tx.db, session)
+    tx.db.execute("DELETE FROM osquery_carves WHERE session_id = ?", (carve["id"],))
+    tx.emit("carve_deleted", tenant=carve["tenant"], node=carve["node"], session=carve["id"])
+
+
+def expire(tx: Tx) -> None:
+    """Give up carves that got no block for a day, as osqueryd does (``--carver_expiry``)."""
+    rows = tx.db.execute(
+        "SELECT session_id, tenant, node FROM osquery_carves WHERE state = 'receiving' AND updated_at < ?",
+        (tx.now - IDLE_S,),
+    ).fetchall()
+    for session, tenant, node in rows:
+        tx.db.execute("UPDATE osquery_carves SET state = 'expired' WHERE session_id = ?", (session,))
+        tx.db.execute("DELETE FROM osquery_carve_blocks WHERE session_id = ?", (session,))
+        tx.emit("carve_expired", tenant=tenant, node=node, session=session)
+
+
+def prune(tx: Tx, keep_bytes: int) -> None:
+    """Drop the oldest ended carves until the rest is within ``keep_bytes``."""
+    total = tx.db.execute("SELECT coalesce(sum(carve_size), 0) FROM osquery_carves").fetchone()[0]
+    rows = tx.db.execute(
+        "SELECT session_id, carve_size FROM osquery_carves WHERE state <> 'receiving' ORDER BY created_at"
+    )
+    doomed = []
+    for session, size_bytes in rows.fetchall():
+        if total <= keep_bytes:
+            break
+        doomed.append(session)
+        total -= size_bytes
+    for session in doomed:
+        tx.db.execute("DELETE FROM osquery_carves WHERE session_id = ?", (session,))
+    count_dropped(tx, "carves", len(doomed))

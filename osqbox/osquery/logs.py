@@ -1,0 +1,125 @@
+"""Log lines: stored once as osquery wrote them, searched, followed, exported."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from osqbox.clock import rfc3339
+from osqbox.osquery import nodes
+from osqbox.osquery.messages import LogLine
+from osqbox.osquery.nodes import Node
+from osqbox.store import Tx, count_dropped
+
+PRUNE_LINES = 5_000
+
+
+def receive(tx: Tx, node: Node, log_type: str, lines: Sequence[LogLine], digest: bytes, connection: str) -> int:
+    """Store a batch; returns the number of lines stored, 0 for the re-send of a batch that is stored already."""
+    if nodes.is_repeated(tx, node.id, f"log:{log_type}", digest, connection):
+        return 0
+    tx.db.executemany(
+        "INSERT INTO osquery_logs(tenant, node, log_type, name, action, unix_time, received_at, line) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [(node.tenant, node.id, log_type, line.name, line.action, line.unix_time, tx.now, line.text) for line in lines],
+    )
+    if lines:
+        tx.emit("log_received", tenant=node.tenant, node=node.id, log_type=log_type, lines=len(lines))
+    return len(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class LogFilter:
+    log_type: str | None = None
+    node: str | None = None
+    tenant: str | None = None
+    name: str | None = None
+    search: str | None = None
+    """A piece of text that the line contains, case-insensitively for ASCII."""
+    actions: tuple[str, ...] = ()
+
+
+def _where(which: LogFilter) -> tuple[list[str], list[Any]]:
+    parts: list[str] = []
+    args: list[Any] = []
+    for column, value in (
+        ("log_type", which.log_type),
+        ("node", which.node),
+        ("tenant", which.tenant),
+        ("name", which.name),
+    ):
+        if value is not None:
+            parts.append(f"{column} = ?")
+            args.append(value)
+    if which.search:
+        parts.append("instr(lower(line), lower(?)) > 0")
+        args.append(which.search)
+    if which.actions:
+        parts.append(f"action IN ({', '.join('?' * len(which.actions))})")
+        args.extend(which.actions)
+    return parts, args
+
+
+def find(db: sqlite3.Connection, which: LogFilter, *, after: int = 0, limit: int = 1000) -> list[bytes]:
+    """Lines with a greater seq, oldest first, each a JSON object ``{seq, tenant, node, log_type, received_at, line}``."""
+    parts, args = _where(which)
+    rows = db.execute(
+        "SELECT seq, tenant, node, log_type, received_at, line FROM osquery_logs "
+        f"WHERE {' AND '.join(['seq > ?', *parts])} ORDER BY seq LIMIT ?",
+        (after, *args, limit),
+    )
+    return [_encode(row) for row in rows]
+
+
+def latest(db: sqlite3.Connection, which: LogFilter, *, limit: int) -> list[bytes]:
+    """The newest lines that fit, oldest first."""
+    parts, args = _where(which)
+    rows = db.execute(
+        "SELECT seq, tenant, node, log_type, received_at, line FROM osquery_logs "
+        f"WHERE {' AND '.join(parts) or '1'} ORDER BY seq DESC LIMIT ?",
+        (*args, limit),
+    ).fetchall()
+    return [_encode(row) for row in reversed(rows)]
+
+
+def _encode(row: Sequence[Any]) -> bytes:
+    return msgspec.json.encode(
+        {
+            "seq": row[0],
+            "tenant": row[1],
+            "node": row[2],
+            "log_type": row[3],
+            "received_at": rfc3339(row[4]),
+            "line": msgspec.Raw(row[5].encode()),
+        }
+    )
+
+
+def export(db: sqlite3.Connection, which: LogFilter) -> Iterator[str]:
+    """Lines exactly as osquery's filesystem logger writes them, oldest first."""
+    parts, args = _where(which)
+    for row in db.execute(
+        f"SELECT line FROM osquery_logs WHERE {' AND '.join(parts) or '1'} ORDER BY seq",
+        args,
+    ):
+        yield row[0]
+
+
+def last_seq(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT coalesce(max(seq), 0) FROM osquery_logs").fetchone()[0])
+
+
+def prune(tx: Tx, keep_lines: int, keep_age_s: float) -> bool:
+    """Drop at most PRUNE_LINES lines beyond the bounds, oldest first. True when there may be more to drop."""
+    cut = last_seq(tx.db) - keep_lines
+    oldest = tx.db.execute("SELECT seq, received_at FROM osquery_logs ORDER BY seq LIMIT ?", (PRUNE_LINES,)).fetchall()
+    doomed = [seq for seq, at in oldest if seq <= cut or at < tx.now - keep_age_s]
+    if doomed:
+        tx.db.execute("DELETE FROM osquery_logs WHERE seq <= ?", (doomed[-1],))
+        count_dropped(tx, "logs", len(doomed))
+        tx.emit("logs_dropped", lines=len(doomed))
+    return len(doomed) == PRUNE_LINES

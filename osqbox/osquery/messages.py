@@ -1,0 +1,196 @@
+"""osquery's remote API as it is on the wire: bytes to frozen messages and back. Pure.
+
+Shapes follow osquery 5.23 (``plugins/remote/enroll``, ``plugins/logger``, ``plugins/distributed``,
+``osquery/carver``) and the oddities of older agents and simulators: string statuses, missing members, gzip.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from osqbox.errors import Refused
+
+M = TypeVar("M")
+
+GZIP_MAGIC = b"\x1f\x8b"
+KEY_MAX_CHARS = 1024
+LOG_TYPES = ("result", "status")
+
+
+class Keyed(msgspec.Struct, frozen=True):
+    """Config and distributed read: only who is asking."""
+
+    node_key: str | None = None
+
+
+class LogBatch(msgspec.Struct, frozen=True):
+    log_type: str
+    data: list[msgspec.Raw] | None
+    node_key: str | None = None
+
+
+class QueryStats(msgspec.Struct, frozen=True):
+    wall_time_ms: int | str = 0
+    user_time: int | str = 0
+    system_time: int | str = 0
+    memory: int | str = 0
+
+
+class WriteBody(msgspec.Struct, frozen=True):
+    queries: dict[str, Any] | None = None
+    statuses: dict[str, int | str | None] | None = None
+    messages: dict[str, str | None] | None = None
+    stats: dict[str, Any] | None = None
+    node_key: str | None = None
+
+
+class CarveBegin(msgspec.Struct, frozen=True):
+    block_count: int | str
+    block_size: int | str
+    carve_size: int | str
+    carve_id: str = ""
+    request_id: str = ""
+    node_key: str | None = None
+
+
+class CarveBlock(msgspec.Struct, frozen=True):
+    block_id: int | str
+    session_id: str
+    data: str
+    request_id: str = ""
+    node_key: str | None = None
+
+
+class LogLine(msgspec.Struct, frozen=True, array_like=True):
+    """One line as it is kept: the text exactly as osquery wrote it, and what is looked up by."""
+
+    text: str
+    name: str | None
+    action: str | None
+    unix_time: int | None
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What one node said to one query."""
+
+    name: str
+    ok: bool
+    status: int
+    rows: list[dict[str, Any]]
+    message: str
+    stats: dict[str, Any]
+
+
+def decoded_body(headers: Mapping[str, str], body: bytes, limit_bytes: int) -> bytes:
+    """The body without its gzip. Raises Refused for a bad, truncated or over-long stream."""
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip"):
+        raise Refused("bad_encoding", f"Content-Encoding: expected gzip or none, got {encoding[:40]!r}", status=415)
+    if not body.startswith(GZIP_MAGIC) and encoding in ("", "identity"):
+        return body
+    return _gunzip(body, limit_bytes)
+
+
+def _gunzip(body: bytes, limit_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    left_bytes = limit_bytes
+    while body:
+        stream = zlib.decompressobj(wbits=31)
+        try:
+            part = stream.decompress(body, left_bytes + 1)
+        except zlib.error as error:
+            raise Refused("bad_gzip", f"body: expected gzip, got a broken stream ({error})") from None
+        left_bytes -= len(part)
+        if left_bytes < 0:
+            raise Refused("too_large", f"body: more than {limit_bytes} bytes after gunzip", status=413)
+        if not stream.eof:
+            raise Refused("truncated_gzip", "body: the gzip stream ends before its end")
+        parts.append(part)
+        body = stream.unused_data
+    return b"".join(parts)
+
+
+def decode(body: bytes, shape: type[M]) -> M:
+    """A message from a body. Raises Refused with expected, got and where; an empty body is no message."""
+    if not body.strip():
+        raise Refused("empty_body", "body: expected a JSON object, got nothing")
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except msgspec.ValidationError as error:
+        raise Refused("wrong_type", f"body: {error}") from None
+    except UnicodeDecodeError:
+        raise Refused("invalid_utf8", "body: expected UTF-8, got bytes that are not") from None
+    except msgspec.DecodeError as error:
+        raise Refused("bad_json", f"body: {error}") from None
+    except RecursionError:
+        raise Refused("too_deep", "body: JSON nested deeper than is read") from None
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """A body whose member names are not fixed: enrollment."""
+    return decode(body, dict[str, Any])
+
+
+def log_lines(batch: LogBatch) -> list[LogLine]:
+    """The batch's lines. Raises Refused naming the first that is not an object."""
+    if batch.log_type not in LOG_TYPES:
+        raise Refused("wrong_type", f"log_type: expected result or status, got {batch.log_type[:40]!r}")
+    return [_log_line(raw, index) for index, raw in enumerate(batch.data or ())]
+
+
+def _log_line(raw: msgspec.Raw, index: int) -> LogLine:
+    encoded = bytes(raw)
+    line = decode(encoded, dict[str, Any]) if encoded[:1] == b"{" else None
+    if line is None:
+        raise Refused("wrong_type", f"data[{index}]: expected an object, got {encoded[:20].decode(errors='replace')!r}")
+    if b"\n" in encoded or b"\r" in encoded:
+        encoded = msgspec.json.format(encoded, indent=-1)
+    name, action, unix_time = line.get("name"), line.get("action"), line.get("unixTime")
+    return LogLine(
+        encoded.decode(),
+        name if isinstance(name, str) else None,
+        action if isinstance(action, str) else ("snapshot" if "snapshot" in line else None),
+        _whole(unix_time),
+    )
+
+
+def _whole(value: Any) -> int | None:
+    """An integer that some agents send as a string; None when it is neither or beyond 64 bits."""
+    if isinstance(value, str):
+        try:
+            value = int(value[:20])
+        except ValueError:
+            return None
+    return value if isinstance(value, int) and abs(value) < 2**63 else None
+
+
+def whole(value: int | str, name: str, least: int, most: int) -> int:
+    """A bounded integer member. Raises Refused."""
+    number = _whole(value)
+    if number is None or not least <= number <= most:
+        raise Refused("wrong_type", f"{name}: expected an integer from {least} to {most}, got {str(value)[:40]!r}")
+    return number
+
+
+def answers(body: WriteBody) -> list[Answer]:
+    """What the write says of each query it names, in its order.
+
+    A status is 0 or not, as int or string; a query without a status succeeded, as servers have always read it.
+    """
+    queries, statuses = body.queries or {}, body.statuses or {}
+    messages, stats = body.messages or {}, body.stats or {}
+    return [
+        _answer(name, queries.get(name), statuses.get(name, 0), messages.get(name), stats.get(name))
+        for name in dict.fromkeys((*queries, *statuses))
+    ]
+
+
+def _answer(name: str, rows: Any, status: int | str | None, message: str | None, stats: Any) -> Answer:
+    number = 0 if status is None or status == "" else _whole(status)
+    number = 1 if number is None else number
+    kept = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return Answer(name, number == 0, number, kept, message or "", stats if isinstance(stats, dict) else {})

@@ -1,0 +1,296 @@
+"""The osquery remote API as agents reach it: one handler for every transport and every path dialect."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+
+from osqbox import __version__
+from osqbox.clock import Clock
+from osqbox.errors import Refused
+from osqbox.exchange import Peer, Request, Response
+from osqbox.osquery import campaigns, carves, configs, logs, messages, nodes, protocol, yara
+from osqbox.osquery.amalgamate import NodeFacts
+from osqbox.osquery.messages import CarveBegin, CarveBlock, Keyed, LogBatch, WriteBody
+from osqbox.osquery.nodes import Node
+from osqbox.osquery.presence import Presence
+from osqbox.osquery.protocol import Route
+from osqbox.settings import Bounds
+from osqbox.store import Store
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+INLINE_PARSE_BYTES = 256 * 1024
+"""Bodies beyond this are unpacked and parsed in a thread, so that one big batch delays nobody."""
+GZIP_ANSWER_BYTES = 1400
+CONFIGS_CACHED = 4096
+HOLD_MAX_S = 12.0
+"""osqueryd gives up after 16 s, connect and hand-shake included."""
+
+
+class OsqueryApi:
+    """Implements `exchange.Handler` for the agents listener."""
+
+    def __init__(
+        self,
+        store: Store,
+        presence: Presence,
+        clock: Clock,
+        bounds: Bounds,
+        *,
+        read_hold_s: float,
+        new_key: Callable[[], str],
+        new_id: Callable[[], str],
+    ) -> None:
+        self._store = store
+        self._presence = presence
+        self._clock = clock
+        self._bounds = bounds
+        self._read_hold_s = min(read_hold_s, HOLD_MAX_S)
+        self._new_key = new_key
+        self._new_id = new_id
+        self._configs: dict[tuple[int, NodeFacts], bytes] = {}
+        self.requests: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._refused_unsaved: Counter[str] = Counter()
+
+    def body_limit_bytes(self, method: str, target: str) -> int:  # noqa: ARG002 - the Handler's shape
+        small = protocol.route(target).operation in protocol.SMALL_BODIES
+        return self._bounds.small_body_bytes if small else self._bounds.body_bytes
+
+    def refuse(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        peer: Peer | None,  # noqa: ARG002 - the Handler's shape
+        target: str | None = None,
+    ) -> Response | None:
+        if target is not None and protocol.route(target).operation == "carve_block":
+            return None
+        answer = protocol.failure(Refused(reason, message, status=status))
+        answer.close = True
+        return answer
+
+    async def answer(self, request: Request) -> Response | None:
+        found = protocol.route(request.target)
+        self.requests[found.operation or "unknown"] += 1
+        try:
+            return _packed(request, await self._dispatch(request, found))
+        except Refused as refused:
+            self.count_refused(refused.reason)
+            answer = protocol.failure(refused)
+        except Exception:
+            log.exception("internal error in %s", found.operation)
+            self.count_refused("internal")
+            answer = protocol.failure(Refused("internal", "internal error; the server's log has it", status=500))
+        # osqueryd takes any JSON answer to a block as accepted, so only a broken connection refuses one.
+        return None if found.operation == "carve_block" else answer
+
+    def count_refused(self, reason: str) -> None:
+        """Also told by the listener: failed handshakes, refused connections."""
+        self.refused[reason] += 1
+        self._refused_unsaved[reason] += 1
+
+    def take_refused(self) -> Counter[str]:
+        """Refusals since the last call; the caller puts them into the feed."""
+        taken, self._refused_unsaved = self._refused_unsaved, Counter()
+        return taken
+
+    async def _dispatch(self, request: Request, found: Route) -> Response | None:
+        match found.operation, request.method:
+            case (("version" | "health"), ("GET" | "POST" | "HEAD")):
+                return Response(msgspec.json.encode({"name": "osqbox", "version": __version__}))
+            case "enroll", ("POST" | "PUT"):
+                return await self._enroll(request, found)
+            case "config", ("POST" | "PUT" | "GET"):
+                return await self._config(request, found)
+            case "log", ("POST" | "PUT"):
+                return await self._log(request, found)
+            case "read", ("POST" | "PUT"):
+                return await self._read(request, found)
+            case "write", ("POST" | "PUT"):
+                return await self._write(request, found)
+            case "carve_begin", ("POST" | "PUT"):
+                return await self._carve_begin(request, found)
+            case "carve_block", ("POST" | "PUT"):
+                return await self._carve_block(request, found)
+            case "yara", ("GET" | "POST"):
+                return await self._yara(request, found)
+            case None, _:
+                raise Refused("unknown_path", "no such path; osquery's are under /api/v1/osquery/", status=404)
+        raise Refused("wrong_method", f"method: expected POST, got {request.method[:20]}", status=405)
+
+    def _body(self, request: Request) -> bytes:
+        return messages.decoded_body(request.headers, request.body, self._bounds.decoded_bytes)
+
+    async def _parse(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        """Unpack and parse a body, in a thread when it is large."""
+        if len(request.body) <= INLINE_PARSE_BYTES and not request.body.startswith(messages.GZIP_MAGIC):
+            return parse(self._body(request))
+        return await trio.to_thread.run_sync(lambda: parse(self._body(request)))
+
+    def _node(self, request: Request, found: Route, body_key: str | None) -> Node:
+        key = protocol.node_key_of(body_key, request.headers, found)
+        secrets = protocol.uri_secrets(request.target, found.variables) if found.variables else ()
+        node = self._store.peek(lambda db: nodes.authenticate(db, key, request.peer, secrets))
+        self._presence.heard(node.id, self._clock.now())
+        return node
+
+    async def _enroll(self, request: Request, found: Route) -> Response:
+        def parse(body: bytes) -> nodes.Enrollment:
+            members = messages.decode_object(body)
+            secrets = [
+                *protocol.body_secrets(members),
+                *protocol.uri_secrets(request.target, found.variables),
+            ]
+            return nodes.parse_enrollment(members, secrets, protocol.body_digest("enroll", body))
+
+        try:
+            enrollment = await self._parse(request, parse)
+            enrolled = await self._store.write(
+                lambda tx: nodes.enroll(tx, enrollment, request.peer, self._new_key, self._new_id)
+            )
+        except Refused as refused:
+            # A refused enrollment always says node_invalid, as osquery documents it.
+            raise Refused(refused.reason, refused.message, status=refused.status, node_invalid=True) from None
+        self._presence.heard(enrolled.node.id, self._clock.now())
+        return protocol.success(node_key=enrolled.node_key)
+
+    async def _config(self, request: Request, found: Route) -> Response:
+        node_api = protocol.is_node_api(request.method, found)
+        key: str | None
+        if node_api:
+            key = next((value for name, value in found.variables if name == "node_key"), found.first)
+        else:
+            key = (await self._parse(request, lambda body: messages.decode(body, Keyed))).node_key
+        node = self._node(request, found, key)
+        text = await self._config_text(node)
+        return protocol.config_response(text, node_api=node_api)
+
+    async def _config_text(self, node: Node) -> bytes:
+        key = (self._store.peek(configs.revision), configs.facts(node))
+        text = self._configs.get(key)
+        if text is None:
+            text = (await self._store.read(lambda db: configs.config_for(db, node))).text
+            if len(self._configs) >= CONFIGS_CACHED:
+                self._configs.clear()
+            self._configs[key] = text
+        return text
+
+    async def _log(self, request: Request, found: Route) -> Response:
+        def parse(body: bytes) -> tuple[LogBatch, list[messages.LogLine], bytes]:
+            batch = messages.decode(body, LogBatch)
+            return batch, messages.log_lines(batch), protocol.body_digest("log", body)
+
+        batch, lines, digest = await self._parse(request, parse)
+        node = self._node(request, found, batch.node_key)
+        await self._store.write(
+            lambda tx: logs.receive(tx, node, batch.log_type, lines, digest, request.peer.connection),
+            bulk=True,
+            weight_bytes=len(request.body),
+        )
+        return protocol.success()
+
+    async def _read(self, request: Request, found: Route) -> Response | None:
+        asked = await self._parse(request, lambda body: messages.decode(body, Keyed))
+        node = self._node(request, found, asked.node_key)
+        self._presence.read(node.id, self._clock.now())
+        if not self._has_work(node) and self._read_hold_s > 0 and not await self._hold(request, node):
+            return None
+        if not self._has_work(node):
+            return protocol.success(queries={})
+        offered = await self._store.write(lambda tx: campaigns.offer(tx, node))
+        return protocol.success(**offered)
+
+    def _has_work(self, node: Node) -> bool:
+        return self._store.peek(lambda db: campaigns.has_work(db, node.id))
+
+    async def _hold(self, request: Request, node: Node) -> bool:
+        """Wait for work, the deadline or the stop of the box; False when the client has left."""
+        gone = False
+
+        async def watch(scope: trio.CancelScope) -> None:
+            nonlocal gone
+            await request.wait_gone()
+            gone = True
+            scope.cancel()
+
+        woken = self._presence.hold(node.id)
+        try:
+            if self._has_work(node):
+                return True
+            async with trio.open_nursery() as nursery:
+                nursery.cancel_scope.deadline = trio.current_time() + self._read_hold_s
+                nursery.start_soon(watch, nursery.cancel_scope)
+                await woken.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._presence.release(node.id, woken)
+        return not gone
+
+    async def _write(self, request: Request, found: Route) -> Response:
+        def parse(body: bytes) -> tuple[WriteBody, list[messages.Answer]]:
+            # Rows may hold any bytes of a host; osqueryd would re-send a refused write for ever.
+            body = body if body.isascii() else body.decode(errors="replace").encode()
+            written = messages.decode(body, WriteBody)
+            return written, messages.answers(written)
+
+        written, answers = await self._parse(request, parse)
+        node = self._node(request, found, written.node_key)
+        await self._store.write(lambda tx: campaigns.write(tx, node, answers), weight_bytes=len(request.body))
+        return protocol.success()
+
+    async def _carve_begin(self, request: Request, found: Route) -> Response:
+        message = await self._parse(request, lambda body: messages.decode(body, CarveBegin))
+        node = self._node(request, found, message.node_key)
+        session = await self._store.write(
+            lambda tx: carves.begin(tx, node, message, self._bounds.carve_bytes, self._new_key)
+        )
+        return protocol.success(session_id=session)
+
+    async def _carve_block(self, request: Request, found: Route) -> Response:
+        def parse(body: bytes) -> tuple[CarveBlock, bytes]:
+            message = messages.decode(body, CarveBlock)
+            return message, carves.block_data(message)
+
+        message, data = await self._parse(request, parse)
+        key = protocol.node_key_of(message.node_key, request.headers, found)
+        node = self._node(request, found, key) if key else None
+        await self._store.write(
+            lambda tx: carves.receive_block(tx, message, data, node), bulk=True, weight_bytes=len(data)
+        )
+        return protocol.success()
+
+    async def _yara(self, request: Request, found: Route) -> Response:
+        body_key: str | None = None
+        if request.body:
+            body_key = (await self._parse(request, lambda body: messages.decode(body, Keyed))).node_key
+        key = protocol.node_key_of(body_key, request.headers, found)
+        by_certificate = bool(request.peer.certificate_name and request.body)
+        node = self._node(request, found, key) if key or by_certificate else None
+        text = self._store.peek(lambda db: yara.rule_for(db, found.name, node))
+        return Response(text.encode(), content_type="text/plain; charset=utf-8")
+
+    def statistics(self) -> dict[str, Any]:
+        return {"requests": dict(self.requests), "refused": dict(self.refused)}
+
+
+def _packed(request: Request, answer: Response | None) -> Response | None:
+    """Gzip for agents that ask for it (``--tls_accept_gzip``) when it is worth it."""
+    if (
+        answer is not None
+        and len(answer.body) > GZIP_ANSWER_BYTES
+        and "gzip" in request.headers.get("accept-encoding", "")
+    ):
+        answer.body = gzip.compress(answer.body, compresslevel=6, mtime=0)
+        answer.headers = (*answer.headers, ("Content-Encoding", "gzip"))
+    return answer
