@@ -1,7 +1,7 @@
 """The composition root: one nursery that opens identity, store, listeners and systems, and closes them in order.
 
-    identity ─▶ store ─▶ tenants, config files ─▶ listeners bound ─▶ ready
-    stop: held reads answered ─▶ listeners drained ─▶ sightings written ─▶ store closed
+identity ─▶ store ─▶ tenants, config files ─▶ listeners bound ─▶ ready
+stop: held reads answered ─▶ listeners drained ─▶ sightings written ─▶ store closed
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from osqbox.exchange import Peer
 from osqbox.feed import Feed
 from osqbox.flagfile import flagfile
 from osqbox.identity import Identity, snapshot
-from osqbox.listen import Limits, Listener, agents_asgi, probe_tls_minimum, rotate_certificate, server_context
+from osqbox.listen import Limits, Listener, probe_tls_minimum, rotate_certificate, server_context
 from osqbox.operator.app import Parts, make_app
 from osqbox.osquery import nodes
 from osqbox.osquery.presence import Presence

@@ -147,7 +147,8 @@ def ensure_identity(directory: Path, *, names: Sequence[str] = (), key_type: Key
     """The identity in ``directory``: made if there is none, renewed and mended where needed, else as it is.
 
     ``names`` are further host names or addresses of the server certificate. ``key_type`` is for new keys;
-    what exists keeps its own. ``notes`` of the result tell what was changed.
+    what exists keeps its own. ``notes`` of the result tell what was changed. ``now`` is the real time, by which
+    agents judge the dates.
     Raises BadSetup when the directory cannot be used or something that agents rely on is lost or broken.
     """
     wanted = server_names(names)
@@ -215,9 +216,9 @@ def _still_serves(directory: Path, names: Sequence[str], now: float) -> bool:
         read_secret(directory / SECRET_FILE)
     except BadSetup:
         return False
-    if server is None or fault or set(names) - set(_names(server.cert)):
+    if server is None or fault or _lacking(server, names):
         return False
-    return all(_starts(cert) <= now < _ends(cert) for cert in (authority, client_authority, server.cert))
+    return all(_starts(cert) <= now < _ends(cert) for cert in (authority, client_authority, server))
 
 
 def _guard_keys(directory: Path, notes: list[str]) -> None:
@@ -237,11 +238,11 @@ def _settle_authority(directory: Path, stem: str, key_type: KeyType, now: float,
     pair = _load_authority(directory, stem)
     _check_started(file, pair.cert, now)
     due = _due(pair.cert, now)
-    if due and pair.key is not None:
+    if due and pair.key is not None and _issued_by(pair.cert, pair.cert):
         notes.append(f"{file} was renewed with the same key ({due}): give the new file to whoever has a copy")
         return _extend_authority(directory, stem, pair, now)
     if due:
-        _tell_end(file, pair.cert, now, notes, f"{stem}.key is not here to renew it")
+        _tell_end(file, pair.cert, now, notes, "only whoever signed it can renew it")
     return pair
 
 
@@ -262,21 +263,21 @@ def _settle_server(
     directory: Path, authority: _Pair, names: Sequence[str], key_type: KeyType, now: float, notes: list[str]
 ) -> None:
     file = directory / "server.pem"
-    pair, fault = _load_leaf(directory, "server", authority.cert)
-    if pair is not None:
-        _check_started(file, pair.cert, now)
-        fault = _lacking(pair.cert, names)
-    reason = fault or (pair and _due(pair.cert, now))
-    if pair is not None and reason is None:
+    cert, fault = _load_leaf(directory, "server", authority.cert)
+    if cert is not None and fault is None:
+        fault = _lacking(cert, names)
+    reason = fault or (cert and _due(cert, now))
+    if cert is not None and reason is None:
         return
     if authority.key is not None:
-        _make_server(directory, authority, pair, names, _key_type(pair, key_type), now)
+        _make_server(directory, authority, cert, names, _key_type(cert, key_type), now)
         notes.extend([f"{file} was made anew: {reason}"] if reason else [])
         return
     lost = "ca.key is not here to sign a new one"
-    if pair is None or fault:
+    if cert is None or fault:
         raise BadSetup(f"{file} cannot be used ({reason or 'it is missing'}) and {lost}", _list(directory))
-    _tell_end(file, pair.cert, now, notes, lost)
+    _check_started(file, cert, now)
+    _tell_end(file, cert, now, notes, lost)
 
 
 def _lacking(cert: x509.Certificate, names: Sequence[str]) -> str | None:
@@ -286,14 +287,14 @@ def _lacking(cert: x509.Certificate, names: Sequence[str]) -> str | None:
 
 def _settle_client(directory: Path, authority: _Pair, key_type: KeyType, now: float, notes: list[str]) -> None:
     file = directory / "client.pem"
-    pair, fault = _load_leaf(directory, "client", authority.cert)
-    if pair is not None and pair.cert.serial_number in _read_crl(directory):
+    cert, fault = _load_leaf(directory, "client", authority.cert)
+    if cert is not None and cert.serial_number in _read_crl(directory):
         notes.append(f"{file} is revoked; `osqbox certs renew client` makes a new one")
         return
-    reason = fault or (pair and _due(pair.cert, now))
-    if authority.key is None or (pair is not None and reason is None):
+    reason = fault or (cert and _due(cert, now))
+    if authority.key is None or (cert is not None and reason is None):
         return
-    _make_client(directory, directory, FIRST_CLIENT, authority, pair, _key_type(pair, key_type), now)
+    _make_client(directory, directory, FIRST_CLIENT, authority, cert, _key_type(cert, key_type), now)
     notes.extend([f"{file} was made anew: {reason}"] if reason else [])
 
 
@@ -367,7 +368,7 @@ def issue_client(
         _refuse_overwriting(directory, target, name, authority)
         if out is not None:
             write_files(target, {"ca.pem": read_file(directory / "ca.pem")})
-        kind = key_type or _key_type(authority, "ec")
+        kind = key_type or _key_type(authority.cert, "ec")
         _make_client(directory, target, name, authority, None, kind, now, days=days, uris=uris)
         _remember(directory)
     return target / f"{name}.pem", target / f"{name}.key", (directory if out is None else target) / "ca.pem"
@@ -451,12 +452,12 @@ def _renew_one(directory: Path, stem: str, authorities: dict[str, _Pair], key_ty
     if authority.key is None:
         raise _no_key(directory, authority_stem)
     folder = directory if stem in ("server", FIRST_CLIENT) else directory / CLIENTS
-    pair, _ = _load_leaf(folder, stem, authority.cert)
-    kind = key_type or _key_type(pair or authority, "ec")
+    cert, _ = _load_leaf(folder, stem, authority.cert)
+    kind = key_type or _key_type(cert or authority.cert, "ec")
     if stem == "server":
-        _make_server(directory, authority, pair, (), kind, now)
+        _make_server(directory, authority, cert, (), kind, now)
     else:
-        _make_client(directory, folder, stem, authority, pair, kind, now)
+        _make_client(directory, folder, stem, authority, cert, kind, now)
 
 
 def revoke(directory: Path, what: str | Path, *, now: float) -> tuple[int, ...]:
@@ -484,7 +485,7 @@ def _serials_of(directory: Path, what: str, authority: _Pair, issued: dict[int, 
     named |= {_serial_in(file) for file in _client_files(directory) if file.stem == what}
     if named:
         return tuple(sorted(named))
-    if exists(Path(what)):
+    if Path(what).is_file():
         cert = _load_certificates(Path(what))[0]
         if not _issued_by(cert, authority.cert):
             raise BadUsage(f"{what} was not issued by {directory / 'client-ca.pem'}", _verb("show", directory))
@@ -521,16 +522,18 @@ def describe(identity: Identity, now: float) -> list[CertificateFacts]:
     files = [identity.ca, identity.server_cert, identity.client_ca, identity.client_cert]
     if identity.directory is not None and identity.client_ca == identity.directory / "client-ca.pem":
         files += [file for file in _client_files(identity.directory) if file.parent.name == CLIENTS]
-    revoked = revoked_serials(identity)
-    return [
-        _facts(file, cert, revoked, now)
-        for file in dict.fromkeys(files)
-        if file is not None
-        for cert in _load_certificates(file)
-    ]
+    authorities = _load_certificates(identity.client_ca) if identity.client_ca else []
+    serials = revoked_serials(identity)
+    facts = []
+    for file in dict.fromkeys(file for file in files if file is not None):
+        for cert in _load_certificates(file):
+            # A serial number means something only together with its issuer.
+            revoked = cert.serial_number in serials and any(_issued_by(cert, each) for each in authorities)
+            facts.append(_facts(file, cert, revoked, now))
+    return facts
 
 
-def _facts(file: Path, cert: x509.Certificate, revoked: frozenset[int], now: float) -> CertificateFacts:
+def _facts(file: Path, cert: x509.Certificate, revoked: bool, now: float) -> CertificateFacts:
     import hashlib
 
     from cryptography.hazmat.primitives.serialization import Encoding
@@ -546,8 +549,7 @@ def _facts(file: Path, cert: x509.Certificate, revoked: frozenset[int], now: flo
         days_left=_days_left(cert, now),
         sha256=hashlib.sha256(cert.public_bytes(Encoding.DER)).hexdigest(),
         key_type=_key_words(cert.public_key()),
-        # A serial number means something only together with its issuer.
-        revoked=cert.serial_number in revoked and file.name not in ("ca.pem", "client-ca.pem", "server.pem"),
+        revoked=revoked,
     )
 
 
@@ -662,7 +664,7 @@ def _extend_authority(directory: Path, stem: str, pair: _Pair, now: float) -> _P
 def _make_server(
     directory: Path,
     authority: _Pair,
-    old: _Pair | None,
+    old: x509.Certificate | None,
     names: Sequence[str],
     key_type: KeyType,
     now: float,
@@ -670,7 +672,7 @@ def _make_server(
     """A server certificate for this host, ``names``, and every name the old one had."""
     from cryptography import x509
 
-    wanted = ["localhost", "127.0.0.1", "::1", *names, *_host_names(), *(_names(old.cert) if old else ())]
+    wanted = ["localhost", "127.0.0.1", "::1", *names, *_host_names(), *(_names(old) if old else ())]
     addresses = {name: _address(name) for name in dict.fromkeys(wanted)}
     san = [x509.DNSName(name) if ip is None else x509.IPAddress(ip) for name, ip in addresses.items()]
     key, cert = _leaf(authority, "localhost", san[:MAX_SERVER_NAMES], SERVER_AUTH, key_type, now, LEAF_DAYS * DAY_S)
@@ -703,7 +705,7 @@ def _make_client(
     target: Path,
     name: str,
     authority: _Pair,
-    old: _Pair | None,
+    old: x509.Certificate | None,
     key_type: KeyType,
     now: float,
     *,
@@ -717,13 +719,14 @@ def _make_client(
     if days is not None:
         valid_s = days * DAY_S
     elif old is not None:
-        valid_s = _ends(old.cert) - _starts(old.cert) - BACKDATE_S
-    wanted = uris or (_names(old.cert) if old else [_identity_uri("default", name)])
+        valid_s = _ends(old) - _starts(old) - BACKDATE_S
+    wanted = uris or (_names(old) if old else [_identity_uri("default", name)])
     san = [x509.UniformResourceIdentifier(uri) for uri in wanted]
     key, cert = _leaf(authority, name, san, CLIENT_AUTH, key_type, now, valid_s)
     entry = Issued(serial=serial_text(cert.serial_number), name=name, uri=wanted[0], not_after=_ends(cert))
     # Recorded before it exists: a certificate nobody can name is one nobody can revoke.
-    write_files(directory, {ISSUED_FILE: _json([*_read_issued(directory), entry])})
+    lasting = [each for each in _read_issued(directory) if each.revoked_at or (each.not_after or math.inf) > now]
+    write_files(directory, {ISSUED_FILE: _json([*lasting, entry])})
     write_files(target, {f"{name}.key": _key_pem(key), f"{name}.pem": _cert_pem(cert)})
 
 
@@ -812,15 +815,16 @@ def _new_key(key_type: KeyType) -> PrivateKey:
     return rsa.generate_private_key(public_exponent=65537, key_size=3072 if key_type == "rsa-3072" else 2048)
 
 
-def _key_type(pair: _Pair | None, otherwise: KeyType) -> KeyType:
-    """The type of an existing key, so that a renewal keeps it."""
+def _key_type(cert: x509.Certificate | None, otherwise: KeyType) -> KeyType:
+    """The type of a certificate's key, so that a renewal keeps it."""
     from cryptography.hazmat.primitives.asymmetric import rsa
 
-    if pair is None or pair.key is None:
+    if cert is None:
         return otherwise
-    if not isinstance(pair.key, rsa.RSAPrivateKey):
+    key = cert.public_key()
+    if not isinstance(key, rsa.RSAPublicKey):
         return "ec"
-    return "rsa-3072" if pair.key.key_size >= 3072 else "rsa"
+    return "rsa-3072" if key.key_size >= 3072 else "rsa"
 
 
 def _digest(key: CertificateIssuerPrivateKeyTypes) -> digests.SHA256 | None:
@@ -912,31 +916,38 @@ def _load_authority(directory: Path, stem: str) -> _Pair:
     return _Pair(cert, key)
 
 
-def _load_leaf(directory: Path, stem: str, authority: x509.Certificate) -> tuple[_Pair | None, str | None]:
-    """The pair, or None and what is wrong with it; (None, None) if there is neither file.
+def _load_leaf(directory: Path, stem: str, authority: x509.Certificate) -> tuple[x509.Certificate | None, str | None]:
+    """The certificate as far as it can be read, and what keeps it from being used; two Nones without any file.
 
     Raises BadSetup for a certificate of another CA: it was put there by somebody, so it is not replaced.
     """
     file, key_file = directory / f"{stem}.pem", directory / f"{stem}.key"
-    missing = [path.name for path in (file, key_file) if not exists(path)]
-    if missing:
-        return None, f"{missing[0]} was missing" if len(missing) == 1 else None
+    if not exists(file):
+        return None, f"{file.name} was missing" if exists(key_file) else None
     try:
-        cert, key = _load_certificates(file)[0], _load_key(key_file)
+        cert = _load_certificates(file)[0]
     except BadSetup as error:
-        if isinstance(error.__cause__, OSError):
-            raise
-        return None, str(error)
+        return None, _unless_denied(error)
     if not _issued_by(cert, authority):
-        paths = f"{shlex.quote(str(file))} {shlex.quote(str(key_file))}"
         raise BadSetup(
             f"{file} was not signed by the CA beside it: give a server certificate of your own with"
             " --tls-cert and --tls-key, or remove this one to have a new one made",
-            f"rm {paths}",
+            f"rm {shlex.quote(str(file))} {shlex.quote(str(key_file))}",
         )
-    if key.public_key() != cert.public_key():
-        return None, f"{key_file.name} did not belong to it"
-    return _Pair(cert, key), None
+    if not exists(key_file):
+        return cert, f"{key_file.name} was missing"
+    try:
+        fits = _load_key(key_file).public_key() == cert.public_key()
+    except BadSetup as error:
+        return cert, _unless_denied(error)
+    return cert, None if fits else f"{key_file.name} did not belong to it"
+
+
+def _unless_denied(error: BadSetup) -> str:
+    """What is wrong with a file; a file that may not be read is not wrong, and raises."""
+    if isinstance(error.__cause__, OSError):
+        raise error
+    return str(error)
 
 
 def _is_authority(cert: x509.Certificate) -> bool:
@@ -1040,6 +1051,9 @@ def _no_key(directory: Path, stem: str) -> BadSetup:
 
 
 def _due(cert: x509.Certificate, now: float) -> str | None:
+    """Why a certificate should be made anew; None if it should not."""
+    if _starts(cert) > now:
+        return f"it was valid only from {_date(_starts(cert))}"
     if _ends(cert) <= now:
         return f"it expired on {_date(_ends(cert))}"
     days = _days_left(cert, now)

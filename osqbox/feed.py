@@ -53,7 +53,7 @@ class Feed:
     """Fans committed events out to followers; each has a bounded queue and is told how many it missed."""
 
     def __init__(self) -> None:
-        self._followers: set[_Follower] = set()
+        self._followers: set[Follower] = set()
         self._last_seq = 0
         self._skipped = 0
 
@@ -73,12 +73,12 @@ class Feed:
         finally:
             self.unsubscribe(follower)
 
-    def subscribe(self) -> _Follower:
-        follower = _Follower()
+    def subscribe(self) -> Follower:
+        follower = Follower()
         self._followers.add(follower)
         return follower
 
-    def unsubscribe(self, follower: _Follower) -> None:
+    def unsubscribe(self, follower: Follower) -> None:
         self._followers.discard(follower)
 
     def statistics(self) -> FeedStatistics:
@@ -92,7 +92,9 @@ class Gap:
     missed: int
 
 
-class _Follower:
+class Follower:
+    """One subscription: what happens from now on, in order."""
+
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[Event](FOLLOWER_QUEUE_EVENTS)
         self._missed = 0
@@ -104,6 +106,14 @@ class _Follower:
             self._missed += 1
             return 1
         return 0
+
+    def next_nowait(self) -> Event | Gap | None:
+        """What is waiting already, or None."""
+        try:
+            return self._receive.receive_nowait()
+        except trio.WouldBlock:
+            missed, self._missed = self._missed, 0
+            return Gap(missed) if missed else None
 
     async def next(self) -> Event | Gap:
         if self._missed and not self._receive.statistics().current_buffer_used:

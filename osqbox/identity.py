@@ -212,7 +212,7 @@ def exists(path: Path) -> bool:
     """False also where this user may not look; writing there then says so."""
     try:
         path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return False
     return True
 

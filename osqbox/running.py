@@ -51,7 +51,9 @@ def _private_temp_dir() -> Path:
     directory = Path(tempfile.gettempdir()) / f"osqbox-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     if directory.is_symlink() or directory.stat().st_uid != os.getuid():
-        raise BadSetup(f"{directory} belongs to somebody else", hint=f"TMPDIR=$HOME/tmp osqbox ..., or remove {directory}")
+        raise BadSetup(
+            f"{directory} belongs to somebody else", hint=f"TMPDIR=$HOME/tmp osqbox ..., or remove {directory}"
+        )
     (directory / "run").mkdir(mode=0o700, exist_ok=True)
     return directory
 
@@ -149,7 +151,7 @@ def _refuse_second(directory: Path) -> None:
     where = f" at {other.ready['operator']}" if other and other.ready else ""
     raise AddressInUse(
         f"a box already runs on {directory} ({who}{where})",
-        hint=f"osqbox stop --data {directory}, or osqbox serve --data OTHER, or osqbox serve --ephemeral --operator-port 0",
+        hint=f"osqbox stop --data {directory}, or osqbox serve --ephemeral --agents-port 0 --operator-port 0",
     )
 
 

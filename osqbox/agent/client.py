@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from osqbox.agent import logs, messages, schedule
@@ -50,7 +50,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Wait this long, or until the core raises ``wake``."""
+    """Wait this long, or until the core raises ``wake``; the outcome says whether it did."""
 
     seconds: float
     wake: str = ""
@@ -232,8 +232,8 @@ class Core:
             return
         self.buffer.add(kind, line, self.now, self.flags.integer("buffered_log_max"))
 
-    def _event(self, name: str, **details: Any) -> None:
-        self.events.append((name, details))
+    def _event(self, kind: str, /, **details: Any) -> None:
+        self.events.append((kind, details))
 
     def _wake(self, name: str) -> None:
         self.wakes.append(name)
@@ -280,7 +280,7 @@ class Core:
             if key:
                 self._keep_key(key)
                 return
-            reason = self._enroll_refusal(outcome)
+            reason = _reply(outcome).message or "No node key returned from TLS enroll plugin"
             uri = self.uri(self.endpoints.enroll)
             self._event("enroll_failed", uri=uri, reason=reason, attempt=attempt)
             message = f"Failed enrollment request to {uri} ({reason}) retrying..."
@@ -288,12 +288,6 @@ class Core:
             if attempts and attempt >= attempts:
                 return
             yield Sleep(min(attempt**2, longest_s))
-
-    def _enroll_refusal(self, outcome: bytes | Failure) -> str:
-        if isinstance(outcome, Failure):
-            return outcome.message
-        reply = messages.read_reply(outcome)
-        return reply.message or "No node key returned from TLS enroll plugin"
 
     def _keep_key(self, key: str) -> None:
         self.store.put(SETTINGS, "nodeKey", key)
@@ -320,10 +314,7 @@ class Core:
             yield Sleep(attempt**2)
 
     def _read(self, call: str, outcome: bytes | Failure, key: str) -> Reply:
-        if isinstance(outcome, Failure):
-            reply = Reply(False, outcome.message)
-        else:
-            reply = messages.read_reply(outcome)
+        reply = _reply(outcome)
         if reply.node_invalid:
             self._forget_key(key)
         if not reply.ok:
@@ -416,20 +407,23 @@ class Core:
     def scheduler(self) -> Thread[None]:
         """SchedulerRunner: wakes at the seconds on which something is due instead of at each."""
         yield from self._run_at_startup()
-        previous = float(int(self.now) - 1)
+        previous = int(self.now) - 1
         while True:
-            if int(self.now) > previous:
-                yield from self._run_due(previous, float(int(self.now)))
-                previous = float(int(self.now)) if self._due_after(previous) > self.now else previous + 1
-            pause_s = self._due_after(max(previous, self.now)) - self.now
-            yield Sleep(max(0.0, pause_s), wake="schedule")
+            second = int(self.now)
+            if second > previous:
+                yield from self._run_due(previous, second)
+                previous = second
+            pause_s = self._due_after(previous) - self.now
+            woken = yield Sleep(max(0.0, pause_s), wake="schedule")
+            if woken:  # what a new schedule would have run while it was not there yet is not due
+                previous = max(previous, int(self.now) - 1)
 
-    def _due_after(self, at: float) -> float:
+    def _due_after(self, at: int) -> int:
         """The next second with work; an hour ahead when there is none (the schedule's change wakes us)."""
         due = [query.due_after(at) for _, query in self.config.queries()]
         if self.config.decorators.interval:
-            due.append((int(at) // 60 + 1) * 60)
-        return min(due, default=int(at) + 3600)
+            due.append((at // 60 + 1) * 60)
+        return min(due, default=at + 3600)
 
     def _run_at_startup(self) -> Thread[None]:
         urgent = [(p, q) for p, q in self.config.queries() if q.startup_priority is not None]
@@ -437,11 +431,11 @@ class Core:
             if (yield from self._pack_runs(pack)):
                 yield from self._run_scheduled(query)
 
-    def _run_due(self, previous: float, now: float) -> Thread[None]:
+    def _run_due(self, previous: int, now: int) -> Thread[None]:
         for pack, query in list(self.config.queries()):
             if query.due_between(previous, now) and (yield from self._pack_runs(pack)):
                 yield from self._run_scheduled(query)
-        due = {s: q for s, q in self.config.decorators.interval.items() if int(now) // s > int(previous) // s}
+        due = {s: q for s, q in self.config.decorators.interval.items() if now // s > previous // s}
         for queries in due.values():
             self._decorations.interval.update((yield from self._decorate(queries)))
 
@@ -482,8 +476,6 @@ class Core:
         self._event("scheduled", name=query.name, rows=len(result.typed_rows))
 
     def _lines(self, query: schedule.ScheduledQuery, item: logs.Item, result: QueryResult) -> list[str]:
-        from dataclasses import replace
-
         if query.snapshot:
             item = replace(item, snapshot=result.typed_rows)
             as_events = self.flags.true("logger_snapshot_event_type")
@@ -633,9 +625,7 @@ class Core:
         for name, sql in sorted(self.store.scan(WORK), key=lambda found: found[0].encode()):
             self.store.delete(WORK, name)
             if self._denylisted(sql):
-                self._answers.append(
-                    Answer(name, "[]", 1, messages.compact("distributed query is denylisted")[1:-1], "{}")
-                )
+                self._answers.append(Answer(name, "[]", 1, "distributed query is denylisted", "{}"))
                 continue
             running = _sha256(sql)
             self.store.put(RUNNING, running, str(int(self.now)))
@@ -652,9 +642,7 @@ class Core:
     def _denylisted(self, sql: str) -> bool:
         """Whether the process died the last time this query ran, not too long ago."""
         started = self.store.get(RUNNING, _sha256(sql))
-        return started is not None and self.now - float(started) < self.flags.integer(
-            "distributed_denylist_duration"
-        )
+        return started is not None and self.now - float(started) < self.flags.integer("distributed_denylist_duration")
 
     def _answer(self, name: str, result: QueryResult) -> None:
         self._queries_run += 1
@@ -703,6 +691,12 @@ class _Change:
     added: list[Mapping[str, SqlValue]]
     counter: int
     first: bool
+
+
+def _reply(outcome: bytes | Failure) -> Reply:
+    if isinstance(outcome, Failure):
+        return Reply(False, outcome.message)
+    return messages.read_reply(outcome)
 
 
 def _sha256(text: str) -> str:

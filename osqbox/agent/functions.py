@@ -320,7 +320,7 @@ COLLATIONS: Mapping[str, VersionRules] = {
 }
 
 
-def compare_versions(left: str, right: str, rules: VersionRules = VersionRules()) -> int:  # noqa: B008
+def compare_versions(left: str, right: str, rules: VersionRules = VersionRules()) -> int:
     """Negative, 0 or positive, as left is below, equal to or above right."""
     if left == right:
         return 0

@@ -87,9 +87,7 @@ class Item:
 def event_lines(item: Item) -> list[str]:
     """One line per row: removed rows, then added ones; or each row of a snapshot."""
     groups = (
-        [("removed", item.removed), ("added", item.added)]
-        if item.snapshot is None
-        else [("snapshot", item.snapshot)]
+        [("removed", item.removed), ("added", item.added)] if item.snapshot is None else [("snapshot", item.snapshot)]
     )
     return [
         compact({**_common(item), "columns": _columns(row, item.numerics), "action": action})

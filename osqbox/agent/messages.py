@@ -174,9 +174,7 @@ def carve_start_body(
 
 
 def carve_block_body(*, block_id: int, session_id: str, request_id: str, data_base64: str) -> bytes:
-    return encode(
-        {"block_id": block_id, "session_id": session_id, "request_id": request_id, "data": data_base64}
-    )
+    return encode({"block_id": block_id, "session_id": session_id, "request_id": request_id, "data": data_base64})
 
 
 # -- distributed read --------------------------------------------------------------------------------------------

@@ -165,9 +165,7 @@ def _applies(entry: Mapping[str, Any], rules: Rules) -> bool:
     )
 
 
-def _queries(
-    entries: Mapping[str, Any], prefix: str, rules: Rules, warn: Warn
-) -> Iterator[ScheduledQuery]:
+def _queries(entries: Mapping[str, Any], prefix: str, rules: Rules, warn: Warn) -> Iterator[ScheduledQuery]:
     for short, entry in entries.items():
         name = prefix + short
         if name.startswith(_REFUSED_PREFIXES) or name.endswith(_REFUSED_SUFFIXES):
@@ -199,9 +197,7 @@ def _decorators(entries: Mapping[str, Any], warn: Warn) -> Decorators:
             warn(f"Invalid decorator interval rate {key} in config source: tls_plugin")
         else:
             interval[seconds] = tuple(_strings(queries))
-    return Decorators(
-        tuple(_strings(entries.get("load"))), tuple(_strings(entries.get("always"))), interval
-    )
+    return Decorators(tuple(_strings(entries.get("load"))), tuple(_strings(entries.get("always"))), interval)
 
 
 def _object(members: Mapping[str, Any], key: str, warn: Warn) -> Mapping[str, Any]:

@@ -9,13 +9,13 @@ SQLite's words, as osqueryd reports it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from osqbox.agent.functions import COLLATIONS, SqlError, SqlValue, compare_versions, functions, render
 from osqbox.schema import Schema, Table, load_schema
@@ -132,7 +132,7 @@ class QueryResult:
     event_based: bool = False
     """A table of events was read."""
 
-    @cached_property
+    @functools.cached_property
     def rows(self) -> list[dict[str, str]]:
         """Every value as text, as osqueryd sends them."""
         return [{name: render(value) for name, value in row.items()} for row in self.typed_rows]
@@ -169,16 +169,20 @@ class Engine:
         run = _Run(self.tables if tables is None else tables, time.monotonic() + timeout_s, cancelled)
         with self._connection() as connection, _Meter() as meter:
             outcome = connection.execute(sql, run, max_rows, timeout_s)
-        return QueryResult(
-            **outcome, stats=meter.stats, warnings=tuple(run.warnings), event_based=run.event_based
-        )
+        return QueryResult(**outcome, stats=meter.stats, warnings=tuple(run.warnings), event_based=run.event_based)
 
-    def raw_rows(self, name: str) -> list[dict[str, str]]:
-        """A table's rows straight from its source, unknown keys included: what enrollment sends of a host."""
-        found = self.tables.get(name)
+    def raw_rows(self, name: str, *, tables: Tables | None = None) -> list[dict[str, str]]:
+        """A table's rows straight from its source, unknown keys included: what enrollment sends of a host.
+
+        A source that fails has no rows.
+        """
+        found = (self.tables if tables is None else tables).get(name)
         if found is None:
             return []
-        return [{k: render(v) for k, v in sorted(row.items())} for row in found.generate(Context())]
+        try:
+            return [{k: render(v) for k, v in sorted(row.items())} for row in found.generate(Context())]
+        except Exception:  # noqa: BLE001 - a source's bug must not stop an enrollment
+            return []
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[_Connection]:
@@ -450,16 +454,19 @@ class _Connection:
         self._db.limit(apsw.SQLITE_LIMIT_SQL_LENGTH, MAX_SQL_BYTES)
         self._db.limit(apsw.SQLITE_LIMIT_ATTACHED, 0)
         for name, table in schema.names.items():
-            module = _Module(table, self)
+            module = cast("Any", _Module(table, self))  # ShadowName is for modules that keep tables
             self._db.create_module(
                 name, module, use_bestindex_object=True, eponymous=True, eponymous_only=True, read_only=True
             )
         for (name, count), function in functions().items():
             self._db.create_scalar_function(name, function.call, count, deterministic=True)
         for name, rules in COLLATIONS.items():
-            self._db.create_collation(name, lambda a, b, rules=rules: compare_versions(a, b, rules))
+            self._db.create_collation(name, functools.partial(compare_versions, rules=rules))
         self._db.set_authorizer(_authorize)
-        self._db.set_progress_handler(lambda: self.run.over(), _DEADLINE_EVERY_STEPS)
+        self._db.set_progress_handler(self._over, _DEADLINE_EVERY_STEPS)
+
+    def _over(self) -> bool:
+        return self.run.over()
 
     def execute(self, sql: str, run: _Run, max_rows: int, timeout_s: float) -> dict[str, Any]:
         """The fields of a `QueryResult` that SQLite decides."""
@@ -511,7 +518,7 @@ class _Meter:
 
     stats = Stats()
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Self:
         self._wall, self._cpu, self._memory = time.monotonic(), _thread_times(), _resident_bytes()
         return self
 

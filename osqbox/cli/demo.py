@@ -35,7 +35,7 @@ def command(**options: Any) -> int:
             await nursery.start(run_local_agents, box, 1)
             announce()
             if sys.stdout.isatty() and not options["as_json"]:
-                print("this machine is enrolled:  osqbox query \"select pid, name from processes limit 5\"")
+                print('this machine is enrolled:  osqbox query "select pid, name from processes limit 5"')
             await box.stopping.wait()
             nursery.cancel_scope.cancel()
         return 0

@@ -22,7 +22,9 @@ GRACE_S = 5.0
 
 @click.command(name="exec", context_settings={"ignore_unknown_options": True})
 @click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED)
-@click.option("--agents", default=0, type=click.IntRange(0, 100), show_default=True, help="Agents of this machine in it.")
+@click.option(
+    "--agents", default=0, type=click.IntRange(0, 100), show_default=True, help="Agents of this machine in it."
+)
 @serve_options
 def command(cmd: tuple[str, ...], agents: int, **options: Any) -> int:
     """Start a fresh box on free ports, run CMD with OSQBOX_* in its environment, stop; returns CMD's exit code.

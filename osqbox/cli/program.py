@@ -134,6 +134,7 @@ def banner(box: Box) -> str:
     """The first screen: where everything is, and lines to paste."""
     ready = box.ready()
     kept = "ephemeral (--data DIR keeps it)" if box.settings.ephemeral else ready["data"]
+    secret = ready["enroll_secret_file"]
     base = f"{ready['agents']}/api/v1/osquery"
     return f"""osqbox {__version__}  ready in {box.clock.now() - box.started_at:.2f} s
   osquery TLS   {ready["agents"]}   CA {ready["ca"]}
@@ -144,7 +145,7 @@ try it:
   this machine  osqbox agent
   nodes         osqbox nodes
   query         osqbox query "select * from osquery_info"
-  curl          curl --cacert {ready["ca"]} {base}/enroll -d '{{"enroll_secret":"'$(cat {ready["enroll_secret_file"]})'"}}'
+  curl          curl --cacert {ready["ca"]} {base}/enroll -d '{{"enroll_secret":"'$(cat {secret})'"}}'
   pytest        pip install osqbox ; def test_it(osqbox): osqbox.agent(); assert osqbox.query("select 1 as a")
   CI            osqbox exec -- make integration
 Ctrl-C drains and stops."""

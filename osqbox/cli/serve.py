@@ -26,20 +26,20 @@ def serve_options(command: F) -> F:
     options = [
         click.option("--data", type=PATH, help="Directory of osqbox.db and what goes with it."),
         click.option("--certs", type=PATH, help="Directory of the CA, certificates and keys."),
-        click.option("--ephemeral/--keep", "ephemeral", default=None, help="Throw the data away at the end, or keep it."),
+        click.option("--ephemeral/--keep", "ephemeral", default=None, help="Throw the data away at the end."),
         click.option("--host", default="localhost", show_default=True, help="Where agents connect to."),
         click.option("--operator-host", default="127.0.0.1", show_default=True, help="A loopback address."),
         click.option("--agents-port", type=click.IntRange(0, 65535), help="Default 8443; 0 takes any free port."),
         click.option("--operator-port", type=click.IntRange(0, 65535), help="Default 8080; 0 takes any free port."),
-        click.option("--comms-port", type=click.IntRange(0, 65535), help="For the comms listener; accepted, not used yet."),
-        click.option("--jobs-port", type=click.IntRange(0, 65535), help="For the jobs listener; accepted, not used yet."),
+        click.option("--comms-port", type=click.IntRange(0, 65535), help="Accepted for the listener to come."),
+        click.option("--jobs-port", type=click.IntRange(0, 65535), help="Accepted for the listener to come."),
         click.option("--ready-file", type=PATH, help="Write the ready object here, once ready."),
         click.option("--enroll-secret", help="The default tenant's secret (visible to other users of this machine)."),
         click.option("--enroll-secret-file", type=PATH, help="The same from a file."),
         click.option("--config", "configs", type=PATH, multiple=True, help="osquery config, JSON or YAML; repeatable."),
         click.option("--approve", is_flag=True, help="New nodes wait for `osqbox nodes approve`."),
         click.option("--open-enrollment", is_flag=True, help="Enroll without a secret."),
-        click.option("--cert-enrollment", is_flag=True, help="Enroll by client certificate; it is then always required."),
+        click.option("--cert-enrollment", is_flag=True, help="Enroll by client certificate alone."),
         click.option("--client-auth", type=click.Choice(["off", "optional", "required"]), default="optional"),
         click.option("--agents-tls-min", type=click.Choice(["1.0", "1.1", "1.2", "1.3"]), default="1.2"),
         click.option("--rsa", is_flag=True, help="RSA keys instead of P-256 on the first run."),
@@ -135,5 +135,3 @@ def command(**options: Any) -> int:
       osqbox serve --agents-port 0 --operator-port 0 --ready-file ready.json
     """
     return run_box(options, ephemeral=bool(options["ephemeral"]))
-
-

@@ -249,9 +249,7 @@ def got(value: Any) -> str:
     if isinstance(value, list):
         return "a list"
     if isinstance(value, str):
-        return "the string " + json.dumps(
-            value if len(value) <= 60 else value[:57] + "...", ensure_ascii=False
-        )
+        return "the string " + json.dumps(value if len(value) <= 60 else value[:57] + "...", ensure_ascii=False)
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"the number {value}"
@@ -275,11 +273,7 @@ class _Merging:
 
     def _put(self, into: dict[str, Any], path: Path, value: Any, shape: Shape, source: Source) -> None:
         key = str(path[-1])
-        merging = (
-            isinstance(value, dict)
-            if isinstance(shape, Mapping)
-            else shape == "list" and isinstance(value, list)
-        )
+        merging = isinstance(value, dict) if isinstance(shape, Mapping) else shape == "list" and isinstance(value, list)
         if key in into and not (merging and type(into[key]) is type(value)):
             self._drop(path, into.pop(key), value, source)
         if value is None:
@@ -329,9 +323,7 @@ def _strength(source: Source) -> tuple[int, int, str, bool, int]:
 
 
 def _is_node(wanted: str, facts: NodeFacts) -> bool:
-    return any(
-        name and fnmatchcase(name, wanted) for name in (facts.id, facts.hostname, facts.host_identifier)
-    )
+    return any(name and fnmatchcase(name, wanted) for name in (facts.id, facts.hostname, facts.host_identifier))
 
 
 def _family(platform: str) -> str:

@@ -24,6 +24,8 @@ from osqbox.osquery.nodes import Node, Selector
 from osqbox.store import Tx, count_dropped
 
 OFFER_QUERIES = 1000
+ANSWERS_BYTES = 4 * 1024 * 1024
+"""Answers read at once; one more may pass it."""
 SQL_MAX_BYTES = 1024 * 1024
 TIMEOUT_MAX_S = 7 * 86400
 DISCOVERY_OFFERS = 2
@@ -124,6 +126,7 @@ def start(
         [(campaign, node.id, node.hostname) for node in chosen],
     )
     tx.emit("campaign_started", tenant=order.selector.tenant, campaign=campaign, targets=len(chosen))
+    _tell_if_ended(tx, campaign)
     return get(tx.db, campaign), [node.id for node in chosen]
 
 
@@ -216,7 +219,14 @@ def _end(tx: Tx, campaign: str, node_id: str, state: str, answer: Answer | None,
     owner = tx.db.execute("SELECT tenant FROM osquery_nodes WHERE id = ?", (node_id,)).fetchone()
     tenant = owner[0] if owner else None
     tx.emit("target_ended", tenant=tenant, node=node_id, campaign=campaign, state=state)
+    _tell_if_ended(tx, campaign)
     return True
+
+
+def _tell_if_ended(tx: Tx, campaign: str) -> None:
+    row = tx.db.execute("SELECT tenant, ended_at FROM osquery_campaigns WHERE id = ?", (campaign,)).fetchone()
+    if row[1] is not None:
+        tx.emit("campaign_ended", tenant=row[0], campaign=campaign)
 
 
 def _end_open(tx: Tx, campaign: str, state: str, message: str) -> int:
@@ -272,6 +282,11 @@ def get(db: sqlite3.Connection, campaign: str) -> Campaign:
     return Campaign(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], dict(counts.fetchall()))
 
 
+def count_open(db: sqlite3.Connection) -> int:
+    """How many campaigns still wait for an answer."""
+    return int(db.execute("SELECT count(*) FROM osquery_campaigns WHERE ended_at IS NULL").fetchone()[0])
+
+
 def latest(db: sqlite3.Connection, limit: int, tenant: str | None = None) -> list[Campaign]:
     """The newest campaigns first."""
     rows = db.execute(
@@ -292,13 +307,23 @@ class Ended:
 
 
 def ended_after(db: sqlite3.Connection, campaign: str, after: int, limit: int = 500) -> list[Ended]:
-    """Targets that ended after the ``after``-th, in the order in which they ended."""
+    """Targets that ended after the ``after``-th, in the order in which they ended.
+
+    At most ``limit``, and no more once they are ANSWERS_BYTES: call again until there are none.
+    """
     rows = db.execute(
         "SELECT end_seq, node, hostname, state, status, rows, message, stats, ended_at FROM osquery_targets "
         "WHERE campaign = ? AND end_seq > ? ORDER BY end_seq LIMIT ?",
         (campaign, after, limit),
     )
-    return [Ended(row[0], row[1], _encode(row)) for row in rows]
+    found: list[Ended] = []
+    size_bytes = 0
+    for row in rows:
+        found.append(Ended(row[0], row[1], _encode(row)))
+        size_bytes += len(found[-1].encoded)
+        if size_bytes >= ANSWERS_BYTES:
+            break
+    return found
 
 
 def _encode(row: Sequence[Any]) -> bytes:

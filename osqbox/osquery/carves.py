@@ -193,13 +193,15 @@ def members(db: sqlite3.Connection, session: str) -> list[dict[str, Any]]:
             f"carve {session} is {carve['status']}: {carve['received_blocks']} of {carve['block_count']} blocks"
         )
     stream: Any = _BlockStream(archive(db, carve["id"]))
+    unreadable: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, ValueError, OSError)
     if carve["compressed"]:
         import zstandard
 
         stream = zstandard.ZstdDecompressor().stream_reader(stream)
+        unreadable = (*unreadable, zstandard.ZstdError)
     try:
         return _list_tar(_Bounded(stream, LISTED_BYTES))
-    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+    except unreadable as error:
         raise BadUsage(f"carve {session}: expected a tar archive, got: {error}") from None
 
 

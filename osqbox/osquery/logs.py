@@ -16,6 +16,8 @@ from osqbox.osquery.nodes import Node
 from osqbox.store import Tx, count_dropped
 
 PRUNE_LINES = 5_000
+FOUND_BYTES = 4 * 1024 * 1024
+"""Lines read at once; one more may pass it."""
 
 
 def receive(tx: Tx, node: Node, log_type: str, lines: Sequence[LogLine], digest: bytes, connection: str) -> int:
@@ -41,6 +43,8 @@ class LogFilter:
     search: str | None = None
     """A piece of text that the line contains, case-insensitively for ASCII."""
     actions: tuple[str, ...] = ()
+    snapshots: bool | None = None
+    """True: only snapshot results; False: none of them (differences, single or as a batch); None: both."""
 
 
 def _where(which: LogFilter) -> tuple[list[str], list[Any]]:
@@ -61,18 +65,41 @@ def _where(which: LogFilter) -> tuple[list[str], list[Any]]:
     if which.actions:
         parts.append(f"action IN ({', '.join('?' * len(which.actions))})")
         args.extend(which.actions)
+    if which.snapshots is not None:
+        parts.append("action = 'snapshot'" if which.snapshots else "action IS NOT 'snapshot'")
     return parts, args
 
 
 def find(db: sqlite3.Connection, which: LogFilter, *, after: int = 0, limit: int = 1000) -> list[bytes]:
-    """Lines with a greater seq, oldest first, each a JSON object ``{seq, tenant, node, log_type, received_at, line}``."""
+    """Lines with a greater seq, oldest first, each a JSON object ``{seq, tenant, node, log_type, received_at, line}``.
+
+    At most ``limit``, and no more once they are FOUND_BYTES: call again until there are none.
+    """
     parts, args = _where(which)
     rows = db.execute(
         "SELECT seq, tenant, node, log_type, received_at, line FROM osquery_logs "
         f"WHERE {' AND '.join(['seq > ?', *parts])} ORDER BY seq LIMIT ?",
         (after, *args, limit),
     )
-    return [_encode(row) for row in rows]
+    found: list[bytes] = []
+    size_bytes = 0
+    for row in rows:
+        found.append(_encode(row))
+        size_bytes += len(found[-1])
+        if size_bytes >= FOUND_BYTES:
+            break
+    return found
+
+
+def before_latest(db: sqlite3.Connection, which: LogFilter, count: int) -> int:
+    """The seq after which the newest ``count`` lines that fit are found."""
+    parts, args = _where(which)
+    row = db.execute(
+        f"SELECT min(seq) FROM (SELECT seq FROM osquery_logs WHERE {' AND '.join(parts) or '1'} "
+        "ORDER BY seq DESC LIMIT ?)",
+        (*args, count),
+    ).fetchone()
+    return last_seq(db) if row[0] is None else int(row[0]) - 1
 
 
 def latest(db: sqlite3.Connection, which: LogFilter, *, limit: int) -> list[bytes]:
@@ -110,7 +137,9 @@ def export(db: sqlite3.Connection, which: LogFilter) -> Iterator[str]:
 
 
 def last_seq(db: sqlite3.Connection) -> int:
-    return int(db.execute("SELECT coalesce(max(seq), 0) FROM osquery_logs").fetchone()[0])
+    """The seq given last, also when its line is gone: how many lines were ever stored."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'osquery_logs'").fetchone()
+    return int(row[0]) if row else 0
 
 
 def prune(tx: Tx, keep_lines: int, keep_age_s: float) -> bool:

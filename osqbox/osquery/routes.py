@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +33,7 @@ INLINE_PARSE_BYTES = 256 * 1024
 """Bodies beyond this are unpacked and parsed in a thread, so that one big batch delays nobody."""
 GZIP_ANSWER_BYTES = 1400
 CONFIGS_CACHED = 4096
+SERVED_REMEMBERED = 100_000
 HOLD_MAX_S = 12.0
 """osqueryd gives up after 16 s, connect and hand-shake included."""
 
@@ -58,6 +60,7 @@ class OsqueryApi:
         self._new_key = new_key
         self._new_id = new_id
         self._configs: dict[tuple[int, NodeFacts], bytes] = {}
+        self._served: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self._refused_unsaved: Counter[str] = Counter()
@@ -174,6 +177,7 @@ class OsqueryApi:
             key = (await self._parse(request, lambda body: messages.decode(body, Keyed))).node_key
         node = self._node(request, found, key)
         text = await self._config_text(node)
+        await self._tell_config(node, text)
         return protocol.config_response(text, node_api=node_api)
 
     async def _config_text(self, node: Node) -> bytes:
@@ -185,6 +189,16 @@ class OsqueryApi:
                 self._configs.clear()
             self._configs[key] = text
         return text
+
+    async def _tell_config(self, node: Node, text: bytes) -> None:
+        """An event when a node gets a config for the first time, or another one than before; not on every refresh."""
+        digest = hashlib.sha1(text, usedforsecurity=False).hexdigest()
+        if self._served.get(node.id) == digest:
+            return
+        if len(self._served) >= SERVED_REMEMBERED:
+            self._served.clear()
+        self._served[node.id] = digest
+        await self._store.write(lambda tx: tx.emit("config_served", tenant=node.tenant, node=node.id, sha1=digest))
 
     async def _log(self, request: Request, found: Route) -> Response:
         def parse(body: bytes) -> tuple[LogBatch, list[messages.LogLine], bytes]:

@@ -35,6 +35,7 @@ FILE_BYTES = 4 * MIB
 YAML_FILE_BYTES = 1 * MIB
 YAML_NODES = 100_000
 SOURCE_FILES = 256
+SOURCE_BYTES = 16 * MIB
 
 _JSON_SUFFIXES = (".conf", ".json")
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -100,6 +101,7 @@ class _Reading:
 
     def __init__(self) -> None:
         self.stamps: list[FileStamp] = []
+        self._left_bytes = SOURCE_BYTES
 
     def document(self, path: File) -> Any:
         yaml = path.suffix in _YAML_SUFFIXES
@@ -149,8 +151,13 @@ class _Reading:
                 raw = file.read(limit_bytes + 1)
         except OSError as error:
             raise BadSetup(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:  # a null character in the path
+            raise BadSetup(f"{str(path)!r}: cannot be read: {error}") from error
         if len(raw) > limit_bytes:
             raise BadSetup(f"{path}: expected at most {limit_bytes} bytes, got more")
+        self._left_bytes -= len(raw)
+        if self._left_bytes < 0:
+            raise BadSetup(f"{path}: expected at most {SOURCE_BYTES} bytes for one config with its packs, got more")
         self.stamps.append(FileStamp(str(path), status.st_mtime_ns, status.st_size))
         try:
             return raw.decode("utf-8-sig")
@@ -568,7 +575,7 @@ _check_query = _members(_QUERY_MEMBERS, required=("query",))
 def _query(value: Any, path: Path, out: _Report) -> None:
     name = str(path[-1])
     if name.startswith(("query.", "cache.", "config_views.")) or name.endswith(("epoch", "counter")):
-        out.warning(path, "osquery refuses names that start query., cache., config_views. or end epoch, counter")
+        out.warning(path, "osquery refuses the names query.*, cache.*, config_views.*, *epoch and *counter")
     _check_query(value, path, out)
 
 
@@ -613,7 +620,7 @@ def _option(value: Any, path: Path, out: _Report) -> None:
     if flag is None:
         out.warning(path, f"osquery ignores it: no such option{_meant(name, flags)}")
     elif flag["kind"] == "cli_only":
-        out.warning(path, "osquery ignores it in a config: set it in the flag file or on the command line")
+        out.warning(path, "osquery ignores it in a config: it belongs in the flag file")
     elif flag["kind"] == "shell":
         out.warning(path, "osqueryd ignores it: it is an option of the osqueryi shell")
     elif not _fits(value, flag.get("type", "string")):

@@ -136,17 +136,19 @@ class SqlChecker:
             return [_not_select(sql)]
         except apsw.BindingsError:
             return [SqlProblem("error", "expected a complete query, got one with parameters")]
-        except (apsw.Error, UnicodeEncodeError) as error:
+        except (apsw.Error, ValueError) as error:
             return [self._explain(str(error), sql, linux)]
         return [SqlProblem("warning", needs) for needs in _unmet(program)]
 
     def check_config(self, content: Mapping[str, Any]) -> list[Problem]:
         """Problems of every query of a config, in which the config's own views and tables are known."""
         problems: list[Problem] = []
-        with self._own_tables(content, problems):
+        unmade: list[Problem] = []
+        with self._own_tables(content, unmade):
             for path, sql, linux in _queries(content, (), linux=True):
                 problems += [Problem(path, p.severity, p.message) for p in self.check(sql, linux=linux)]
-        return problems
+        told = {problem.path for problem in problems}
+        return [problem for problem in unmade if problem.path not in told] + problems
 
     def _split(self, sql: str) -> tuple[str, str]:
         """The first statement and what follows it, comments and lone semicolons aside; nothing is run."""
@@ -193,7 +195,7 @@ class SqlChecker:
                 names = ["path", *(c for c in columns if c != "path")] if isinstance(columns, list) else ["path"]
                 self._make(("auto_table_construction", name), f"({', '.join(map(_quoted, names))})", problems)
             for name, sql in _object(content.get("views")).items():
-                if isinstance(sql, str):
+                if isinstance(sql, str) and sql.strip():
                     self._make(("views", name), f" AS {_strip(sql)}", problems)
             yield
         finally:
@@ -211,7 +213,7 @@ class SqlChecker:
             # osquery pastes a view's name into its statement unquoted (plugins/config/parsers/views.cpp).
             what = f"VIEW {name}" if path[0] == "views" else f"TABLE {_quoted(name)}"
             self._run(f"CREATE TEMP {what}{definition}")
-        except (apsw.Error, UnicodeEncodeError) as error:
+        except (apsw.Error, ValueError) as error:
             problems.append(Problem(path, "error", f"cannot be made: {error}"))
 
     def _run(self, statement: str) -> None:
@@ -228,7 +230,7 @@ class SqlChecker:
         cursor.exec_trace = only_first
         self._creating = True
         try:
-            with suppress(apsw.ExecTraceAbort):
+            with suppress(apsw.ExecTraceAbort, apsw.AuthError):  # both concern a second statement
                 cursor.execute(statement)
         finally:
             self._creating = False

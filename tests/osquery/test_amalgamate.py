@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osqbox.errors import BadSetup
@@ -206,7 +206,7 @@ def test_null_removes_and_says_so() -> None:
 
 
 def test_unknown_keys_are_noted() -> None:
-    assert merged({"scheduel": {}}).notes == ("s0: passed through what osquery does not read: scheduel",)
+    assert merged({"scheduel": {}}).notes == ("s0: osquery does not read the key scheduel; it is passed through",)
     assert merged({key: {} for key in SHAPES}).notes == ()
 
 
@@ -288,6 +288,7 @@ sources = st.lists(
 FACTS = NodeFacts("n1", "default", platform="ubuntu", tags=frozenset("t"))
 
 
+@settings(deadline=None)
 @given(sources, st.randoms())
 def test_the_order_of_the_sources_does_not_matter(given_sources: list[Source], shuffle: random.Random) -> None:
     shuffled = given_sources[:]
@@ -296,6 +297,7 @@ def test_the_order_of_the_sources_does_not_matter(given_sources: list[Source], s
     assert (one.text, one.origins, one.overridden) == (other.text, other.origins, other.overridden)
 
 
+@settings(deadline=None)
 @given(sources)
 def test_merging_a_merged_config_changes_nothing(given_sources: list[Source]) -> None:
     once = amalgamate(given_sources, FACTS)
@@ -303,6 +305,7 @@ def test_merging_a_merged_config_changes_nothing(given_sources: list[Source]) ->
     assert merge([*select(given_sources, FACTS), Source("again", {})]).text == once.text
 
 
+@settings(deadline=None)
 @given(sources)
 def test_equal_content_is_equal_text_whatever_the_order_of_its_keys(given_sources: list[Source]) -> None:
     def backwards(value: Any) -> Any:
@@ -314,6 +317,7 @@ def test_equal_content_is_equal_text_whatever_the_order_of_its_keys(given_source
     assert amalgamate(turned, FACTS).text == amalgamate(given_sources, FACTS).text
 
 
+@settings(deadline=None)
 @given(sources)
 def test_every_leaf_has_one_origin_that_says_what_is_served(given_sources: list[Source]) -> None:
     result = amalgamate(given_sources, FACTS)
@@ -328,4 +332,5 @@ def test_every_leaf_has_one_origin_that_says_what_is_served(given_sources: list[
         value = result.config
         for part in path:
             value = value[part]
-        assert msgspec.json.encode(value) in msgspec.json.encode(by_name[name].content)
+        if value not in ({}, []):  # what was taken away leaves the section of the weaker source
+            assert msgspec.json.encode(value) in msgspec.json.encode(by_name[name].content)

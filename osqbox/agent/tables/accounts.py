@@ -15,9 +15,16 @@ _CRON_FILES = ("/etc/crontab",)
 _CRON_SYSTEM_DIRECTORY = "/etc/cron.d"
 _CRON_USER_DIRECTORIES = ("/var/at/tabs", "/var/spool/cron", "/var/spool/cron/crontabs")
 _ULIMITS = {
-    **{"cpu": "RLIMIT_CPU", "fsize": "RLIMIT_FSIZE", "data": "RLIMIT_DATA", "stack": "RLIMIT_STACK"},
-    **{"core": "RLIMIT_CORE", "nofile": "RLIMIT_NOFILE", "as": "RLIMIT_AS", "memlock": "RLIMIT_MEMLOCK"},
-    **{"rss": "RLIMIT_RSS", "nproc": "RLIMIT_NPROC"},
+    "cpu": "RLIMIT_CPU",
+    "fsize": "RLIMIT_FSIZE",
+    "data": "RLIMIT_DATA",
+    "stack": "RLIMIT_STACK",
+    "core": "RLIMIT_CORE",
+    "nofile": "RLIMIT_NOFILE",
+    "as": "RLIMIT_AS",
+    "memlock": "RLIMIT_MEMLOCK",
+    "rss": "RLIMIT_RSS",
+    "nproc": "RLIMIT_NPROC",
 }
 
 

@@ -1,3 +1,5 @@
+# ruff: noqa: PTH112, PTH114, PTH116, PTH123, PTH208
+# Thousands of paths per query: plain text and os.* cost a third of pathlib.
 """file and hash: what is in the file system, asked by path, directory or pattern."""
 
 from __future__ import annotations
@@ -45,10 +47,8 @@ def resolve(pattern: str, context: Context | None = None) -> Iterator[str]:
     if not pattern.startswith("/"):
         return
     parts = [part for part in pattern.replace("*", "%").split("/") if part]
-    count = 0
-    for path in _matches("", parts, context):
-        count += 1
-        if count > MAX_PATHS:
+    for count, path in enumerate(_matches("", parts, context)):
+        if count >= MAX_PATHS:
             context.warn(f"Too many paths match {pattern}: stopped after {MAX_PATHS}")
             return
         yield path
@@ -69,7 +69,7 @@ def _matches(base: str, parts: list[str], context: Context) -> Iterator[str]:
         matches = _glob(part)
         for name in _names(base):
             path = f"{base}/{name}"
-            if matches(name) and (not rest or os.path.isdir(path)):  # noqa: PTH112
+            if matches(name) and (not rest or os.path.isdir(path)):
                 yield from _matches(path, rest, context)
     elif os.path.lexists(f"{base}/{part}"):
         yield from _matches(f"{base}/{part}", rest, context)
@@ -78,7 +78,7 @@ def _matches(base: str, parts: list[str], context: Context) -> Iterator[str]:
 def _below(path: str, context: Context, depth: int) -> Iterator[str]:
     context.checkpoint()
     yield path
-    if depth and os.path.isdir(path) and not os.path.islink(path):  # noqa: PTH112, PTH114
+    if depth and os.path.isdir(path) and not os.path.islink(path):
         for name in _names(path):
             yield from _below(f"{path}/{name}", context, depth - 1)
 
@@ -128,7 +128,7 @@ def _file_row(path: str, directory: str | None) -> Row | None:
         return None
     is_link = stat.S_ISLNK(link.st_mode)
     try:
-        found = os.stat(path) if is_link else link  # noqa: PTH116
+        found = os.stat(path) if is_link else link
     except OSError:
         found = link
     parent, _, name = path.rpartition("/")
@@ -173,7 +173,7 @@ def hash_(context: Context, *, read_max_bytes: int = READ_MAX_BYTES) -> Iterator
 
 def _digests(path: str, names: list[str], context: Context, read_max_bytes: int) -> dict[str, str] | None:
     try:
-        found = os.stat(path)  # noqa: PTH116
+        found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             return None
         if found.st_size > read_max_bytes:
@@ -181,7 +181,7 @@ def _digests(path: str, names: list[str], context: Context, read_max_bytes: int)
             return {}
         digests = [hashlib.new(name, usedforsecurity=False) for name in names]
         left_bytes = read_max_bytes
-        with open(path, "rb") as content:  # noqa: PTH123
+        with open(path, "rb") as content:
             while digests and left_bytes > 0 and (piece := content.read(min(left_bytes, 1024 * 1024))):
                 context.checkpoint()
                 left_bytes -= len(piece)

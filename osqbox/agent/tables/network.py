@@ -8,7 +8,8 @@ import socket
 import struct
 from collections.abc import Iterator
 
-from osqbox.agent.sql import Context, Row, SqlValue, TableSource, source
+from osqbox.agent.functions import SqlValue
+from osqbox.agent.sql import Context, Row, TableSource, source
 from osqbox.agent.tables.processes import all_pids, open_descriptors
 from osqbox.agent.tables.reading import (
     list_directory,
@@ -146,8 +147,14 @@ def interface_addresses(_context: Context) -> Iterator[Row]:
 
 def interface_details(_context: Context) -> Iterator[Row]:
     counters = {
-        **{"ipackets": "rx_packets", "opackets": "tx_packets", "ibytes": "rx_bytes", "obytes": "tx_bytes"},
-        **{"ierrors": "rx_errors", "oerrors": "tx_errors", "idrops": "rx_dropped", "odrops": "tx_dropped"},
+        "ipackets": "rx_packets",
+        "opackets": "tx_packets",
+        "ibytes": "rx_bytes",
+        "obytes": "tx_bytes",
+        "ierrors": "rx_errors",
+        "oerrors": "tx_errors",
+        "idrops": "rx_dropped",
+        "odrops": "tx_dropped",
         "collisions": "collisions",
     }
     for name in list_directory("/sys/class/net"):
@@ -196,7 +203,7 @@ def routes(_context: Context) -> Iterator[Row]:
             mask = struct.pack("=I", int(fields[7], 16))
             yield {
                 "destination": _word_address(fields[1]),
-                "netmask": bin(int.from_bytes(mask, "big")).count("1"),
+                "netmask": int.from_bytes(mask, "big").bit_count(),
                 "gateway": "" if fields[2] == "00000000" else _word_address(fields[2]),
                 "source": "",
                 "flags": int(fields[3], 16),

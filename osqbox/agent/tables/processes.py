@@ -1,3 +1,5 @@
+# ruff: noqa: PTH110, PTH208
+# Thousands of paths per query: plain text and os.* cost a third of pathlib.
 """processes and what hangs on a process, from /proc."""
 
 from __future__ import annotations
@@ -5,7 +7,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
-from osqbox.agent.sql import Context, Row, SqlValue, TableSource, source
+from osqbox.agent.functions import SqlValue
+from osqbox.agent.sql import Context, Row, TableSource, source
 from osqbox.agent.tables.reading import list_directory, pairs, read_bytes, read_lines, read_link, read_text
 
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
@@ -85,7 +88,7 @@ def _add_links(context: Context, pid: int, row: dict[str, SqlValue]) -> None:
         path = read_link(f"/proc/{pid}/exe")
         deleted = path.endswith(" (deleted)")
         row["path"] = path.removesuffix(" (deleted)")
-        row["on_disk"] = -1 if not path else int(not deleted and os.path.exists(path))  # noqa: PTH110 - a hot path
+        row["on_disk"] = -1 if not path else int(not deleted and os.path.exists(path))
     if context.wants("cmdline"):
         row["cmdline"] = read_text(f"/proc/{pid}/cmdline").replace("\0", " ").rstrip()
     if context.wants("cwd"):
