@@ -26,7 +26,7 @@ from osqbox.errors import BadSetup, Unsafe, UserError
 from osqbox.exchange import Peer
 from osqbox.feed import Feed
 from osqbox.flagfile import flagfile
-from osqbox.identity import Identity, snapshot
+from osqbox.identity import Identity, Snapshot, snapshot
 from osqbox.listen import Limits, Listener, probe_tls_minimum, rotate_certificate, server_context
 from osqbox.operator.app import Parts, make_app
 from osqbox.osquery import nodes
@@ -81,8 +81,10 @@ class Box:
     operator: Listener = field(init=False)
     tls_context: ssl.SSLContext = field(init=False)
     _revoked: frozenset[int] = field(init=False)
+    _identity_seen: Snapshot = field(init=False)
 
     def __post_init__(self) -> None:
+        self._identity_seen = snapshot(self.identity)
         self._revoked = revoked_serials(self.identity) if self.identity.crl else frozenset()
 
     def stop(self) -> None:
@@ -96,25 +98,32 @@ class Box:
 
     async def watch_identity(self) -> None:
         """Take over renewed certificates and new revocations without a restart."""
-        before = snapshot(self.identity)
         while True:
             await trio.sleep(IDENTITY_POLL_S)
             now = snapshot(self.identity)
-            if now != before:
-                before = now
+            if now != self._identity_seen:
+                self._identity_seen = now
                 await self._reload_identity()
 
     async def _reload_identity(self) -> None:
-        try:
-            rotate_certificate(self.tls_context, self.identity.server_cert, self.identity.server_key)
-            if self.identity.client_ca and self.settings.client_auth != "off":
-                self.tls_context.load_verify_locations(self.identity.client_ca)
-            if self.identity.crl:
-                self._revoked = await trio.to_thread.run_sync(revoked_serials, self.identity)
-        except (UserError, OSError) as error:
-            log.warning("certificates kept as they were: %s", error)
-            return
+        """Each part by itself: a key that is newer than its certificate must not keep a revocation waiting."""
+        for part in (self._reload_revocations, self._reload_server, self._reload_client_ca):
+            try:
+                await trio.to_thread.run_sync(part)
+            except (UserError, OSError) as error:
+                log.warning("certificates kept as they were: %s", error)
         await self.store.write(lambda tx: tx.emit("certificates_reloaded", revoked=len(self._revoked)))
+
+    def _reload_revocations(self) -> None:
+        if self.identity.crl:
+            self._revoked = revoked_serials(self.identity)
+
+    def _reload_server(self) -> None:
+        rotate_certificate(self.tls_context, self.identity.server_cert, self.identity.server_key)
+
+    def _reload_client_ca(self) -> None:
+        if self.identity.client_ca and self.settings.client_auth != "off":
+            self.tls_context.load_verify_locations(self.identity.client_ca)
 
     def operator_hosts(self) -> frozenset[str]:
         """Values of the Host header that mean this listener."""

@@ -266,7 +266,7 @@ def _settle_server(
     cert, fault = _load_leaf(directory, "server", authority.cert)
     if cert is not None and fault is None:
         fault = _lacking(cert, names)
-    reason = fault or (cert and _due(cert, now))
+    reason = fault or (cert and _leaf_due(cert, authority.cert, now))
     if cert is not None and reason is None:
         return
     if authority.key is not None:
@@ -291,7 +291,7 @@ def _settle_client(directory: Path, authority: _Pair, key_type: KeyType, now: fl
     if cert is not None and cert.serial_number in _read_crl(directory):
         notes.append(f"{file} is revoked; `osqbox certs renew client` makes a new one")
         return
-    reason = fault or (cert and _due(cert, now))
+    reason = fault or (cert and _leaf_due(cert, authority.cert, now))
     if authority.key is None or (cert is not None and reason is None):
         return
     _make_client(directory, directory, FIRST_CLIENT, authority, cert, _key_type(cert, key_type), now)
@@ -1058,6 +1058,11 @@ def _due(cert: x509.Certificate, now: float) -> str | None:
         return f"it expired on {_date(_ends(cert))}"
     days = _days_left(cert, now)
     return f"it had {days} days left" if days < RENEW_DAYS else None
+
+
+def _leaf_due(cert: x509.Certificate, authority: x509.Certificate, now: float) -> str | None:
+    """As `_due`, but a certificate that already ends with its CA cannot be given longer."""
+    return _due(cert, now) if _ends(cert) < _ends(authority) or _starts(cert) > now else None
 
 
 def _tell_end(file: Path, cert: x509.Certificate, now: float, notes: list[str], mend: str) -> None:

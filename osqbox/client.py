@@ -95,7 +95,7 @@ class Client:
         with self._open("GET", "stream", None, {"after": after, **params}, stream=True) as response:
             kind, data = "", b""
             for line in self._lines(response):
-                name, _, value = line.rstrip(b"\r\n").partition(b":")
+                name, _, value = line.rstrip(b"\r").partition(b":")
                 value = value.removeprefix(b" ")
                 if name == b"event":
                     kind = value.decode(errors="replace")
@@ -128,7 +128,7 @@ class Client:
     def _call(self, method: str, path: str, body: Any, params: dict[str, Any]) -> Any:
         with self._open(method, path, body, params) as response:
             text = self._read(response.read, ANSWER_BYTES)
-        return _decode(text) if text else None
+        return None if response.status == http.client.NO_CONTENT else _decode(text)
 
     @contextmanager
     def _open(
@@ -198,10 +198,18 @@ class Client:
             return read(limit_bytes)
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        while line := self._read(response.readline, LINE_BYTES):
-            if len(line) >= LINE_BYTES:
-                raise UserError(f"expected lines of less than {LINE_BYTES} bytes, got a longer one")
-            yield line
+        """Lines without their ends. Not `readline`, which takes a connection that broke off for the end."""
+        pending = bytearray()
+        while chunk := self._read(response.read1, COPY_BYTES):
+            head, *more = chunk.split(b"\n")
+            pending += head
+            for part in more:
+                yield bytes(pending)
+                pending = bytearray(part)
+            if len(pending) > LINE_BYTES:
+                raise UserError(f"expected lines of at most {LINE_BYTES} bytes, got a longer one")
+        if pending:
+            yield bytes(pending)
 
     def _refused(self, response: http.client.HTTPResponse) -> UserError:
         try:

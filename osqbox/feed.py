@@ -100,12 +100,16 @@ class Follower:
         self._missed = 0
 
     def offer(self, event: Event) -> int:
-        try:
-            self._send.send_nowait(event)
-        except trio.WouldBlock:
-            self._missed += 1
-            return 1
-        return 0
+        """How many events were missed by this: 0 or 1."""
+        if not self._missed:
+            try:
+                self._send.send_nowait(event)
+            except trio.WouldBlock:
+                pass
+            else:
+                return 0
+        self._missed += 1  # and so all until the gap is told: it stands where the events are missing
+        return 1
 
     def next_nowait(self) -> Event | Gap | None:
         """What is waiting already, or None."""
@@ -116,6 +120,7 @@ class Follower:
             return Gap(missed) if missed else None
 
     async def next(self) -> Event | Gap:
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self._missed and not self._receive.statistics().current_buffer_used:
             missed, self._missed = self._missed, 0
             return Gap(missed)

@@ -111,7 +111,7 @@ class Identity:
         ours = base if client_ca is None else None
         return cls(
             directory=base.directory if base else None,
-            ca=certs.anchor_in(tls_cert),
+            ca=base.ca if base and base.server_cert == tls_cert else certs.anchor_in(tls_cert),
             server_cert=tls_cert,
             server_key=tls_key,
             client_ca=client_ca or (ours.client_ca if ours else None),

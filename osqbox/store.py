@@ -137,12 +137,14 @@ class Store:
         """Create or upgrade the file. Raises BadSetup when it cannot be used."""
         store = cls(path, clock, events)
         try:
-            db = store._write_db = _connect(path, read_only=False)
+            path.touch(mode=0o600)  # before SQLite: it gives the -wal file the mode of this one
             path.chmod(0o600)
+            db = store._write_db = _connect(path, read_only=False)
             for step in (_own_migrations(), *migrations):
                 step.apply(Database(db))
             store._peek_db = _connect(path, read_only=True)
         except (sqlite3.DatabaseError, OSError) as error:
+            store._close_connections()
             raise BadSetup(
                 f"cannot use the database {path}: expected a SQLite file osqbox may write, got: {error}",
                 hint=f"move {path} away, or choose another place with --data DIR",
@@ -160,6 +162,8 @@ class Store:
         job: _Job[T] = _Job(work, weight_bytes)
         if bulk:
             await self._wait_room(weight_bytes)
+            if self._closing:  # meanwhile; the writer may have ended already
+                raise trio.ClosedResourceError("the store is closing")
         (self._bulk if bulk else self._urgent).append(job)
         self._queued_bytes += weight_bytes
         self._wake.set()
@@ -176,7 +180,10 @@ class Store:
                 await self._room.wait()
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a query in a reader thread; for scans and anything that is not a lookup by key."""
+        """Run a query in a reader thread; for scans and anything that is not a lookup by key.
+
+        All its statements see the same moment. ``work`` returns values, not iterators over open statements.
+        """
         return await trio.to_thread.run_sync(self._run_read, work, limiter=self._readers, abandon_on_cancel=False)
 
     def _run_read(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -185,9 +192,14 @@ class Store:
         except IndexError:
             db = _connect(self.path, read_only=True)
         try:
-            return work(db)
-        finally:
-            self._idle_readers.append(db)
+            db.execute("BEGIN")
+            value = work(db)
+            db.execute("COMMIT")
+        except BaseException:
+            db.close()  # a statement left half-read would keep this connection in the past
+            raise
+        self._idle_readers.append(db)
+        return value
 
     def peek(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run a lookup by key right here; it must take microseconds."""
@@ -197,16 +209,28 @@ class Store:
     async def writer(self) -> None:
         """The one writer. Returns after `aclose` when everything queued is committed."""
         with trio.CancelScope(shield=True):
-            while True:
-                batch = self._take()
-                if batch:
-                    await self._commit(batch)
-                elif self._closing:
-                    break
-                else:
-                    self._wake = trio.Event()
-                    await self._wake.wait()
-            self._drained.set()
+            try:
+                while True:
+                    batch = self._take()
+                    if batch:
+                        await self._commit(batch)
+                    elif self._closing:
+                        break
+                    else:
+                        self._wake = trio.Event()
+                        await self._wake.wait()
+            finally:
+                self._end_writer()
+
+    def _end_writer(self) -> None:
+        """Should the writer itself have failed, nobody waits for it for ever."""
+        self._closing = True
+        for job in (*self._urgent, *self._bulk):
+            job.error = trio.ClosedResourceError("the store's writer has failed")
+            job.done.set()
+        self._urgent.clear()
+        self._bulk.clear()
+        self._drained.set()
 
     def _take(self) -> list[_Job[Any]]:
         batch: list[_Job[Any]] = []
@@ -228,11 +252,12 @@ class Store:
         self._commits += 1
         self._jobs += len(batch)
         for job in batch:
+            job.done.set()
+        for job in batch:
             if job.error is None and job.tx is not None:
                 self.feed.publish(job.tx.events)
                 for call in job.tx.after_commit:
                     call()
-            job.done.set()
         async with self._room:
             self._room.notify_all()
 
@@ -270,15 +295,17 @@ class Store:
     async def aclose(self) -> None:
         """Commit what is queued, end the writer, close every connection."""
         with trio.CancelScope(shield=True):
-            if not self._closing:
-                self._closing = True
-                self._wake.set()
-                await self._drained.wait()
-            for db in (*self._idle_readers, self._peek_db, self._write_db):
-                if db is not None:
-                    db.close()
-            self._idle_readers.clear()
-            self._peek_db = self._write_db = None
+            self._closing = True
+            self._wake.set()
+            await self._drained.wait()
+            self._close_connections()
+
+    def _close_connections(self) -> None:
+        for db in (*self._idle_readers, self._peek_db, self._write_db):
+            if db is not None:
+                db.close()
+        self._idle_readers.clear()
+        self._peek_db = self._write_db = None
 
 
 def count_dropped(tx: Tx, kind: str, count: int) -> None:

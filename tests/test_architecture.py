@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 SYSTEMS = {"osquery", "shells", "comms", "jobs", "agent", "faults", "cassette", "conform", "operator"}
 WINDOW = "operator"
-"""The operator API shows the other systems: it calls their plain rooms, never their shells."""
+"""The operator API shows the other systems: it calls their plain rooms."""
+WINDOW_FRAME = "operator/parts.py"
+"""Names the live objects of other systems that the box hands to the operator API: the only file that may."""
 SHELLS = {"routes.py", "presence.py", "upkeep.py"}
 """The rooms of a server-side system that know the loop. Every other room there is plain functions."""
 LOOSE_SYSTEMS = {"agent", "operator"}
@@ -149,7 +151,8 @@ def systems_never_import_each_other(modules: list[Module]) -> Iterator[str]:
             origin, _, rest = dotted.removeprefix("osqbox.").partition(".")
             if not dotted.startswith("osqbox.") or module.room not in SYSTEMS or origin not in SYSTEMS - {module.room}:
                 continue
-            if module.room != WINDOW or (origin, rest.split(".")[0]) not in plain:
+            allowed = module.path == WINDOW_FRAME or (module.room == WINDOW and (origin, rest.split(".")[0]) in plain)
+            if not allowed:
                 yield module.at(
                     line, f"{module.room} imports {dotted}; events, settings or the box bring them together"
                 )
@@ -220,7 +223,7 @@ def test_the_house_keeps_the_law(law: Law) -> None:
 
 
 def test_every_exception_names_a_file_that_is_there() -> None:
-    assert PURE | set(MAY_OPEN_SQLITE) <= {module.path for module in house()}
+    assert PURE | set(MAY_OPEN_SQLITE) | {WINDOW_FRAME} <= {module.path for module in house()}
     assert {module.name for module in house()} >= SHELLS
 
 
@@ -257,6 +260,7 @@ BREACHES = [
 
 ALLOWED = [
     ("operator/nodes.py", "from osqbox.osquery import nodes\nfrom osqbox.osquery.nodes import Node"),
+    ("operator/parts.py", "from osqbox.osquery.routes import OsqueryApi"),
     ("osquery/campaigns.py", "from osqbox.osquery import nodes\nfrom . import routes\nimport osqbox.errors"),
     ("cli/serve.py", "import trio\nfrom osqbox.box import Box\nfrom osqbox.agent import client"),
     ("agent/sql.py", "import time, apsw\napsw.Connection(':memory:')"),

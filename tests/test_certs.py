@@ -435,13 +435,17 @@ def test_rsa_keys_on_request_and_kept_by_renewals(tmp_path: Path, key_type: cert
 
 
 def test_the_second_run_changes_nothing_and_loads_no_x509_library(fresh: Identity) -> None:
+    """Also after the verbs were at work, and with something revoked."""
+    issue_client(home(fresh), "alice", now=NOW)
+    renew(home(fresh), ["client"], now=NOW)
+    revoke(home(fresh), "alice", now=NOW)
     before = files_in(home(fresh))
     program = (
         "import pathlib, sys\n"
         "from osqbox.certs import ensure_identity, revoked_serials, snapshot\n"
         "found = ensure_identity(pathlib.Path(sys.argv[1]), names=['localhost', '0.0.0.0'], now=float(sys.argv[2]))\n"
         "assert found.notes == (), found.notes\n"
-        "assert revoked_serials(found) == frozenset(); snapshot(found); found.enroll_secret()\n"
+        "assert len(revoked_serials(found)) == 1; snapshot(found); found.enroll_secret()\n"
         "print('cryptography' in sys.modules)"
     )
     assert run(sys.executable, "-c", program, home(fresh), str(NOW)).stdout.strip() == "False"
@@ -477,6 +481,12 @@ def test_processes_starting_at_once_agree(tmp_path: Path) -> None:
     assert [process.returncode for process in starting] == [0, 0, 0]
     assert len(answers) == 1
     assert not list(directory.glob(identity.TEMPORARY))
+
+
+def test_a_healthy_identity_waits_for_nobody(fresh: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "LOCK_WAIT_S", 0.1)
+    with identity.locked(home(fresh)):
+        assert ensure_identity(home(fresh), now=NOW) == fresh
 
 
 def test_a_lock_that_is_never_released_is_reported(fresh: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,6 +534,23 @@ def test_a_ca_near_its_end_is_extended_with_the_same_key(fresh: Identity) -> Non
     at = ("-attime", str(int(late)), "-x509_strict")
     for ca in ("old-ca", "ca.pem"):
         run("openssl", "verify", *at, "-CAfile", home(fresh) / ca, extended.server_cert)
+
+
+def test_a_ca_signed_by_another_one_is_used_but_never_extended(tmp_path: Path) -> None:
+    """A company's intermediate, given to the box: self-signing it would make a CA that nobody trusts."""
+    root, middle = certs._new_key("ec"), certs._new_key("rsa")
+    extensions: list[tuple[x509.ExtensionType, bool]] = [(x509.BasicConstraints(ca=True, path_length=None), True)]
+    names = certs._common_name("middle"), certs._common_name("root")
+    ends = NOW + 50 * DAY_S
+    given = certs._sign(names[0], middle.public_key(), extensions, names[1], root, NOW, ends)
+    (tmp_path / "ca.pem").write_bytes(certs._cert_pem(given))
+    identity.write_files(tmp_path, {"ca.key": certs._key_pem(middle)})
+    assert load(ensure_identity(tmp_path, now=NOW).server_cert).issuer == given.subject
+    near = ensure_identity(tmp_path, now=NOW + 40 * DAY_S)
+    assert any("ca.pem expires in 10 days: only whoever signed it can renew it" in note for note in near.notes)
+    assert load(known(near.ca)) == given
+    before = near.server_cert.read_bytes()
+    assert ensure_identity(tmp_path, now=NOW + 40 * DAY_S).server_cert.read_bytes() == before
 
 
 def test_no_certificate_outlives_its_ca(fresh: Identity) -> None:
@@ -921,6 +948,12 @@ def test_an_exposed_key_is_closed_and_told(fresh: Identity) -> None:
     assert stat.S_IMODE(fresh.server_key.stat().st_mode) == 0o600
 
 
+def test_a_lost_enroll_secret_is_made_again(fresh: Identity) -> None:
+    old = fresh.enroll_secret()
+    (home(fresh) / "enroll_secret").unlink()
+    assert ensure_identity(home(fresh), now=NOW).enroll_secret() not in ("", old)
+
+
 def test_an_own_enroll_secret_is_kept_and_trimmed(tmp_path: Path) -> None:
     (tmp_path / "enroll_secret").write_text("  s3cret \n")
     assert ensure_identity(tmp_path, now=NOW).enroll_secret() == "s3cret"
@@ -1030,6 +1063,8 @@ def test_what_is_not_ones_own_comes_from_the_base(own: Own, made: Identity) -> N
     assert revoked_serials(mixed) == frozenset()
     theirs = Identity.from_own(own.cert, own.key, own.ca, now=NOW, base=made)
     assert (theirs.client_ca, theirs.crl, theirs.client_cert) == (own.ca, None, None)
+    half = Identity.from_own(made.server_cert, made.server_key, own.ca, now=NOW, base=made)
+    assert (half.ca, half.client_ca) == (made.ca, own.ca)
 
 
 def test_an_own_client_ca_may_bring_its_crl(own: Own, fresh: Identity) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ UNWANTED = re.compile(
 
 def build(target: str, folder: Path) -> Path:
     """The archive hatchling makes of the working tree. Needs no network: the backend is among the test extras."""
-    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert result.returncode == 0, result.stderr
     (archive,) = folder.iterdir()
@@ -87,6 +88,19 @@ def test_the_wheel_brings_the_command_and_the_pytest_plugin(wheel: dict[str, byt
     for entry in [*found["console_scripts"].values(), *found["pytest11"].values()]:
         module = entry.split(":")[0].replace(".", "/")
         assert {f"{module}.py", f"{module}/__init__.py"} & set(wheel), f"{entry} leads nowhere"
+
+
+def test_the_wheel_works_without_the_checkout(wheel: dict[str, bytes], tmp_path: Path) -> None:
+    for path, content in wheel.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    ask = "import osqbox, osqbox.schema; osqbox.schema.load_schema(); print(osqbox.__file__, osqbox.__version__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    answer = subprocess.run(
+        [sys.executable, "-c", ask], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50
+    )
+    version = HeaderParser().parsestr(info(wheel, "METADATA"))["Version"]
+    assert answer.stdout.split() == [str(tmp_path / "osqbox/__init__.py"), version], answer.stderr
 
 
 def test_the_licence_is_apache_and_in_both(wheel: dict[str, bytes], sdist: dict[str, bytes]) -> None:

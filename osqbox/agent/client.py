@@ -23,6 +23,7 @@ from osqbox.agent.functions import SqlValue
 from osqbox.agent.messages import Answer, Endpoints, Reply
 from osqbox.agent.sql import QueryResult
 from osqbox.agent.store import Store
+from osqbox.errors import BadSetup
 
 MAX_UNSENT_ANSWER_BYTES = 64 * 1024 * 1024
 ACCELERATED_INTERVAL_S = 5
@@ -136,8 +137,11 @@ class Statistics:
     lines_dropped: int
 
 
-class EnrollmentFailed(Exception):
+class EnrollmentFailed(BadSetup):
     """No key after every attempt. With the tls logger osqueryd exits 78 here."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(f"cannot enroll at {uri}: {reason}", hint="osqbox doctor")
 
 
 class Core:
@@ -173,6 +177,7 @@ class Core:
         self._decorations = _Decorations()
         self._discovery: dict[str, tuple[float, bool]] = {}
         self._enrolling = False
+        self._refusal = ""
         self._enrollments = 0
         self._queries_run = 0
         self._answers: list[Answer] = []
@@ -240,11 +245,14 @@ class Core:
 
     # -- enrollment ----------------------------------------------------------------------------------------------
 
-    def main(self) -> Thread[None]:
-        """What the first thread does before the others start. Raises EnrollmentFailed."""
+    def enroll(self) -> Thread[None]:
+        """What the first thread does before all others. Raises EnrollmentFailed."""
         key = yield from self._node_key()
         if not key:
-            raise EnrollmentFailed(self.uri(self.endpoints.enroll))
+            raise EnrollmentFailed(self.uri(self.endpoints.enroll), self._refusal)
+
+    def first_config(self) -> Thread[None]:
+        """What it does then; without a config the agent runs on."""
         yield from self.fetch_config()
 
     def _node_key(self) -> Thread[str]:
@@ -281,6 +289,7 @@ class Core:
                 self._keep_key(key)
                 return
             reason = _reply(outcome).message or "No node key returned from TLS enroll plugin"
+            self._refusal = reason
             uri = self.uri(self.endpoints.enroll)
             self._event("enroll_failed", uri=uri, reason=reason, attempt=attempt)
             message = f"Failed enrollment request to {uri} ({reason}) retrying..."

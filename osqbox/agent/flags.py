@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
+
+from osqbox.errors import BadUsage
+from osqbox.schema import fixture_path
 
 _TRUE, _FALSE = frozenset({"true", "t", "1", "yes", "y"}), frozenset({"false", "f", "0", "no", "n"})
 _INTEGER_TYPES = {
@@ -37,21 +41,64 @@ class Flag:
         return True
 
 
+_PATHS = {
+    "OSQUERY_LOG_HOME": "/var/log/osquery/",
+    "OSQUERY_DB_HOME": "/var/osquery/",
+    "OSQUERY_HOME": "/etc/osquery/",
+    "OSQUERY_SOCKET": "/var/osquery/",
+    "OSQUERY_PIDFILE": "/var/run/",
+    "OSQUERY_CERTS_HOME": "/opt/osquery/share/osquery/certs/",
+}
+"""What the constants in upstream's defaults are on Linux."""
+_EXPRESSIONS = {
+    '(fs::path(OSQUERY_HOME) / "osquery.conf").make_preferred().string()': "/etc/osquery/osquery.conf",
+    "LOG_LOCAL3 >> 3": "19",
+}
+
+
 @lru_cache(maxsize=1)
 def known_flags() -> Mapping[str, Flag]:
-    """Every flag osqueryd 5.23 has on Linux, by name."""
-    text = resources.files("osqbox.agent").joinpath("osquery_flags.json").read_text(encoding="utf-8")
+    """Every flag osqueryd 5.23 has, by name, as its sources declare them.
+
+    Left out are the shell's own, and those of Windows' event tracing, whose defaults only Windows knows.
+    """
+    entries = json.loads(fixture_path("osquery_flags.json").read_text(encoding="utf-8"))
     return {
-        name: Flag(name, kind, type_, "", last) if kind == "alias" else Flag(name, kind, type_, last)
-        for name, kind, type_, last in json.loads(text)
+        name: Flag(name, e["kind"], e["type"], default_of(e.get("default", "")), e.get("alias_of", ""))
+        for name, e in sorted(entries.items())
+        if e["kind"] not in ("shell", "extension_alias") and not name.startswith("etw_")
     }
 
 
+def default_of(expression: str) -> str:
+    """The value of a C++ default: ``"tls"``, ``50 * 1024 * 1024``, ``OSQUERY_HOME "extensions.load"``.
+
+    An expression of another kind is returned as it is.
+    """
+    if expression in _EXPRESSIONS:
+        return _EXPRESSIONS[expression]
+    if re.fullmatch(r"\d+( \* \d+)+", expression):
+        return str(math.prod(int(factor) for factor in expression.split(" * ")))
+    pieces = re.findall(r'"([^"]*)"|(\w+)', expression)
+    if re.fullmatch(r'(OSQUERY_\w+ ?)?("[^"]*")?', expression):
+        return "".join(_PATHS[name] if name else text for text, name in pieces)
+    return expression
+
+
 class Flags:
-    """The values one agent runs with. Names are canonical; a value is text until asked for as something else."""
+    """The values one agent runs with. Names are canonical; a value is text until asked for as something else.
+
+    Raises BadUsage for a flag osqueryd does not have, or a value it would not take.
+    """
 
     def __init__(self, given: Mapping[str, str]) -> None:
         self._given = {canonical(name): value for name, value in given.items()}
+        for name, value in self._given.items():
+            flag = known_flags().get(name)
+            if flag is None and not name.startswith(CUSTOM_PREFIX):
+                raise BadUsage(f"unknown osqueryd flag {name!r}")
+            if flag is not None and not flag.accepts(value):
+                raise BadUsage(f"--{name}: expected {flag.type}, got {value!r}")
 
     def text(self, name: str) -> str:
         return self._given[name] if name in self._given else known_flags()[name].default

@@ -1,7 +1,7 @@
 """The SQL functions osquery adds to SQLite, as plain functions of plain values.
 
 Behaviour follows osquery/sql/sqlite_{string,math,hashing,encoding,network,version}.cpp of osquery 5.23: NULL in
-gives NULL out unless said otherwise, and a `SqlError` carries exactly the text the query fails with.
+gives NULL out unless said otherwise, and a `SqlError` carries exactly the text the query fails with. Pure.
 """
 
 from __future__ import annotations

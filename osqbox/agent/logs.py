@@ -1,12 +1,12 @@
 """Log lines in osqueryd's exact shape, the differential behind them, and the buffer they wait in.
 
-osquery/core/{query.cpp,sql/diff_results.cpp}, osquery/sql/sql.cpp, plugins/logger/{tls_logger,buffered}.cpp.
+osquery/core/{query.cpp,sql/diff_results.cpp}, osquery/sql/sql.cpp, plugins/logger/{tls_logger,buffered}.cpp. Pure.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ BUFFER_MAX_BYTES = 256 * 1024 * 1024
 
 def calendar_time(now: float) -> str:
     """``Thu Aug  6 21:46:12 2026 UTC``: asctime with the zone, the day padded with a blank."""
-    return time.asctime(time.gmtime(now)) + " UTC"
+    return dt.datetime.fromtimestamp(int(now), dt.UTC).ctime() + " UTC"
 
 
 # -- the differential --------------------------------------------------------------------------------------------
@@ -177,6 +177,7 @@ class Buffer:
         self.dropped = 0
         self._lines: dict[str, dict[str, str]] = {RESULT: {}, STATUS: {}}
         for key, line in store.scan(_DOMAIN):
+            self._number = max(self._number, int(key.rpartition("_")[2]))
             kind = RESULT if key.startswith(_PREFIX[RESULT]) else STATUS
             self._lines[kind][key] = line
             self._bytes += len(line)
@@ -185,12 +186,13 @@ class Buffer:
         return sum(map(len, self._lines.values()))
 
     def add(self, kind: str, line: str, now: float, max_lines: int) -> None:
+        """``max_lines`` 0 is no limit but that of bytes."""
         self._number += 1
         key = f"{_PREFIX[kind]}{int(now)}_{self._number:010d}"
         self._lines[kind][key] = line
         self._store.put(_DOMAIN, key, line)
         self._bytes += len(line)
-        while len(self) > max_lines or self._bytes > self._max_bytes:
+        while (0 < max_lines < len(self)) or self._bytes > self._max_bytes:
             self._drop_oldest()
 
     def batch(self, max_lines: int) -> dict[str, dict[str, str]]:

@@ -1,6 +1,6 @@
 """The remote API's messages from the client's side: request bodies, and replies read as osqueryd reads them.
 
-osquery/remote/{utility.h,serializers/json.cpp} and plugins/*/tls_*.cpp of osquery 5.23. Key order is upstream's.
+osquery/remote/{utility.h,serializers/json.cpp} and plugins/*/tls_*.cpp of osquery 5.23. Key order is upstream's. Pure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 VERSION = "5.23.1"
 PLATFORM_TYPE = "9"  # POSIX 1 + LINUX 8
+MAX_DEPTH = 32
 REPLY_MAX_BYTES = 8 * 1024 * 1024
 INT32_MAX = 2**31 - 1
 
@@ -67,7 +68,18 @@ def read_members(body: bytes) -> Mapping[str, Any] | None:
             found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and not _deeper_than(MAX_DEPTH, found) else None
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [child for parent in level if isinstance(parent, (dict, list)) for child in _children(parent)]
+    return bool(level)
+
+
+def _children(parent: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return parent.values() if isinstance(parent, dict) else parent
 
 
 def read_reply(body: bytes) -> Reply:

@@ -32,6 +32,7 @@ from osqbox.agent.client import (
     Thread,
 )
 from osqbox.agent.flags import Flags
+from osqbox.agent.logs import ERROR
 from osqbox.agent.messages import Endpoints
 from osqbox.agent.own import own_tables
 from osqbox.agent.sql import DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT_S, Engine, Tables
@@ -46,6 +47,7 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 
 _HOST_TABLES = ("os_version", "osquery_info", "platform_info", "system_info")
 _SQL_THREADS = 4
+_RESTART_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,17 +214,30 @@ class _Agent:
 
     async def run(self, task_status: trio.TaskStatus[Core]) -> None:
         core = self.core
-        await self._drive(core.main())
+        await self._drive(core.enroll())
+        await self._supervise(core.first_config)
         task_status.started(core)
+        period_s = self.options.carve_period_s
         async with trio.open_nursery() as nursery:
             for thread in (
-                core.config_refresh(),
-                core.log_forwarder(),
-                core.distributed(),
-                core.scheduler(),
-                carving.carver(core, self.carves, period_s=self.options.carve_period_s),
+                core.config_refresh,
+                core.log_forwarder,
+                core.distributed,
+                core.scheduler,
+                functools.partial(carving.carver, core, self.carves, period_s=period_s),
             ):
-                nursery.start_soon(self._drive, thread)
+                nursery.start_soon(self._supervise, thread)
+
+    async def _supervise(self, start: Callable[[], Thread[None]]) -> None:
+        """Run a thread; should one of its steps fail, say so in the status log and begin it again."""
+        while True:
+            try:
+                return await self._drive(start())
+            except Exception as error:  # noqa: BLE001 - whatever a server sent, the agent goes on
+                message = f"A thread failed and starts again: {type(error).__name__}: {error}"
+                self.core.status(ERROR, "dispatcher.cpp", message)
+                self.core.events.append(("thread_failed", {"error": repr(error)}))
+                await trio.sleep(_RESTART_PAUSE_S)
 
     async def _drive(self, thread: Thread[None]) -> None:
         """Run one thread of the core: perform what it yields, and give it the outcome."""

@@ -1,6 +1,6 @@
 """What a config asks an agent to do, checked and named as osqueryd does it: schedule, packs, decorators.
 
-osquery/config/{config,packs}.cpp and plugins/config/parsers/decorators.cpp of osquery 5.23.
+osquery/config/{config,packs}.cpp and plugins/config/parsers/decorators.cpp of osquery 5.23. Pure.
 """
 
 from __future__ import annotations

@@ -505,10 +505,16 @@ _READ_ONLY_PRAGMAS = frozenset({"table_info", "table_xinfo", "function_list", "c
 
 
 def _authorize(action: int, first: str | None, _b: str | None, _c: str | None, _d: str | None) -> int:
-    """Reading only. Upstream also lets queries make tables in its memory (sqlite_util.h); nothing needs them."""
+    """Reading only. Upstream also lets queries make tables in its memory (sqlite_util.h); nothing needs them.
+
+    INSERT, UPDATE and DELETE pass as they do upstream: every table refuses them by name.
+    """
     import apsw
 
-    allowed = {apsw.SQLITE_READ, apsw.SQLITE_SELECT, apsw.SQLITE_FUNCTION, apsw.SQLITE_RECURSIVE}
+    allowed = {
+        *(apsw.SQLITE_READ, apsw.SQLITE_SELECT, apsw.SQLITE_FUNCTION, apsw.SQLITE_RECURSIVE),
+        *(apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE),
+    }
     pragma = action == apsw.SQLITE_PRAGMA and (first or "").lower() in _READ_ONLY_PRAGMAS
     return apsw.SQLITE_OK if action in allowed or pragma else apsw.SQLITE_DENY
 

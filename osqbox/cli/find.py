@@ -61,9 +61,9 @@ class Where:
         self.token = token
         self.data = data
 
-    def find(self, *, wait_s: float = WAIT_S) -> Found:
-        """The box. Raises UserError."""
-        return find_box(self.url, self.token, self.data, wait_s=wait_s)
+    def find(self, *, wait_s: float = WAIT_S, grace_s: float | None = None) -> Found:
+        """The box, as `find_box` finds it. Raises UserError."""
+        return find_box(self.url, self.token, self.data, wait_s=wait_s, grace_s=grace_s)
 
     @property
     def client(self) -> Client:
@@ -92,19 +92,24 @@ def box_options(function: F) -> F:
 
 
 def find_box(
-    url: str | None = None, token: str | None = None, data: Path | None = None, *, wait_s: float = WAIT_S
+    url: str | None = None,
+    token: str | None = None,
+    data: Path | None = None,
+    *,
+    wait_s: float = WAIT_S,
+    grace_s: float | None = None,
 ) -> Found:
     """The box of ``url``, of ``data``, of OSQBOX_URL, or the newest that runs here, in that order.
 
-    Waits for a box that is still starting, at most ``wait_s``. Raises UserError when there is none, NotInTime
-    when it does not get ready, BadUsage when a URL comes without a token.
+    Waits at most ``wait_s`` for a box that is starting, and ``grace_s`` for one to appear. Raises NoBox when there
+    is none, NotInTime when it does not get ready, BadUsage when a URL comes without a token.
     """
     if url and data:
         raise BadUsage("expected --url or --data, got both")
     wanted = Where(url, token, data)
     if named := wanted.named_url:
         return _at_url(named, token or os.environ.get("OSQBOX_TOKEN"))
-    box = await_ready(data, wait_s=wait_s)
+    box = await_ready(data, wait_s=wait_s, grace_s=grace_s)
     assert box.ready is not None
     return Found(Client(box.ready["operator"], token or box.ready["token"]), box.ready, box.pid)
 

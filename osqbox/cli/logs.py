@@ -12,6 +12,7 @@ from osqbox.cli.find import Where, box_options
 from osqbox.cli.output import Listing, json_option, print_json_line, printable, quiet_pipe, tell
 from osqbox.errors import BadSetup
 
+LINES = 20
 SEVERITIES = ("info", "warning", "error", "fatal")
 
 
@@ -26,13 +27,17 @@ def command() -> None:
 @click.option("--tenant", help="Only of this tenant.")
 @click.option("--name", help="Only of the scheduled query of this name.")
 @click.option("--search", metavar="TEXT", help="Only lines that contain this.")
-@click.option("--limit", type=click.IntRange(0, 100_000), default=20, show_default=True, help="At most so many.")
-@click.option("--after", type=click.IntRange(0), metavar="SEQ", help="From that line on, instead of the newest.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10_000_000), help=f"At most so many. Default: {LINES}, all with --after."
+)
+@click.option("--after", type=click.IntRange(0), metavar="SEQ", help="The lines after that one, instead of the newest.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they come.")
 @json_option
 @box_options
 def list_logs(box: Where, type_: str | None, follow: bool, as_json: bool, **which: Any) -> None:
     """Print lines, the oldest first."""
+    if which["after"] is None:
+        which["limit"] = which["limit"] or LINES
     with quiet_pipe():
         try:
             for entry in box.client.lines("logs", type=type_, follow=follow or None, **which):
@@ -92,7 +97,10 @@ def _pairs(columns: dict[str, Any]) -> str:
 @click.option("--out", default="-", metavar="FILE", help="Write there instead of stdout.")
 @box_options
 def export(type_: str, tenant: str | None, node: str | None, out: str, box: Where) -> None:
-    """Every kept line as osquery's own log files have it: one JSON object per line, the oldest first."""
+    """Print or save lines in the format of osquery's log files.
+
+    Every kept line is there, one JSON object per line, the oldest first.
+    """
     which = {"type": type_, "tenant": tenant, "node": node}
     client = box.client
     if out == "-":

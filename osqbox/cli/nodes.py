@@ -99,7 +99,10 @@ def reject(nodes: tuple[str, ...], box: Where) -> None:
 @_nodes_argument
 @box_options
 def reenroll(nodes: tuple[str, ...], box: Where) -> None:
-    """Revoke the node keys: each agent enrolls again at its next request; its history stays."""
+    """Revoke node keys, so that the agents enroll again.
+
+    It happens at an agent's next request; its history stays.
+    """
     _decide(box, nodes, "reenroll", "will enroll again")
 
 

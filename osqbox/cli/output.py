@@ -153,3 +153,9 @@ class Listing(click.Group):
         if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
             args = ["list", *args]
         return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        records = [record for option in self.commands["list"].params if (record := option.get_help_record(ctx))]
+        with formatter.section("Options of list"):
+            formatter.write_dl(records)

@@ -27,7 +27,6 @@ from osqbox.errors import BadUsage, UserError
 
 ACCOUNT = ("node", "hostname", "status", "rows", "message")
 SUMMARY = ("targets", "answered", "failed", "expired", "cancelled", "first_ms", "last_ms")
-PAGE_ACCOUNTS = 500
 LISTED_CAMPAIGNS = 20
 NAMED_HOSTS = 5
 SQL_BYTES = 1024 * 1024
@@ -133,6 +132,7 @@ def _print_started(campaign: dict[str, Any], as_json: bool) -> None:
 def _follow(client: Client, campaign: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """Print the accounts of a campaign until its summary comes. Ctrl-C cancels the campaign."""
     report = _JsonReport() if as_json else _TextReport()
+    seen = 0
     try:
         for item in client.lines(at("campaigns", campaign["id"], "stream")):
             if "summary" in item:
@@ -140,19 +140,23 @@ def _follow(client: Client, campaign: dict[str, Any], as_json: bool) -> dict[str
                 summary: dict[str, Any] = item["summary"]
                 return summary
             report.add(item)
+            seen += 1
     except KeyboardInterrupt:
-        _cancel(client, campaign["id"], report)
+        _cancel(client, campaign["id"], report, seen)
         raise click.exceptions.Exit(130) from None
     except BrokenPipeError:
         with contextlib.suppress(UserError):
             client.post(at("campaigns", campaign["id"], "cancel"))
         raise
-    raise UserError("the box ended the answers before the last one", hint=f"osqbox query --show {campaign['id']}")
+    raise UserError("the box ended before the last answer", hint=f"osqbox query --show {campaign['id']}")
 
 
-def _cancel(client: Client, campaign: str, report: _JsonReport | _TextReport) -> None:
+def _cancel(client: Client, campaign: str, report: _JsonReport | _TextReport, seen: int) -> None:
     tell("\ncancelling ...")
-    report.end(client.post(at("campaigns", campaign, "cancel"))["summary"])
+    summary = client.post(at("campaigns", campaign, "cancel"))["summary"]
+    for account in _accounts(client, campaign, after=seen):
+        report.add(account)
+    report.end(summary)
 
 
 class _JsonReport:
@@ -236,8 +240,6 @@ def _show(client: Client, wanted: str, as_json: bool) -> None:
     report.end(campaign["summary"])
 
 
-def _accounts(client: Client, campaign: str) -> Iterator[dict[str, Any]]:
-    after = 0
-    while page := client.get(at("campaigns", campaign, "results"), after=after, limit=PAGE_ACCOUNTS):
-        yield from page
-        after += len(page)
+def _accounts(client: Client, campaign: str, after: int = 0) -> Iterator[dict[str, Any]]:
+    """How targets have ended so far, but for the first ``after``."""
+    yield from client.get(at("campaigns", campaign, "results"), after=after)

@@ -45,7 +45,8 @@ class Listener:
     """One bound address, TLS or clear.
 
     With a ``handler``, ordinary HTTP/1.x requests are answered inline by it, and ``app`` (by default
-    `agents_asgi` of the same handler) serves HTTP/2 and WebSockets. Without one, ``app`` serves everything.
+    `agents_asgi` of the same handler) serves HTTP/2 and WebSockets. Without one, ``app`` serves everything, within
+    the bounds of ``limits``.
     ``on_event`` is told the reason of every refusal, failed handshake and error, in one word to be counted.
     ``check_peer`` says why a peer may not be served (a revoked certificate), or None; it is asked after the
     handshake and before every request.
@@ -78,8 +79,7 @@ class Listener:
         self._ssl_context = ssl_context
         self._handler = handler
         self._app = app
-        # a handler bounds its bodies itself, request by request
-        self._guarded_app = guarded(app, body_limit_bytes=None if handler else self.limits.app_body_bytes)
+        self._served_app = app if handler else guarded(app, body_limit_bytes=self.limits.app_body_bytes)
         self._config = repairs.hypercorn_config(self.limits)
         self._context = repairs.WorkerContext(None)
         self._repairs = repairs
@@ -236,7 +236,7 @@ class Listener:
             already_read = await serve_inline(connection, self._handler)
             connection.scope = trio.CancelScope()
         if already_read is not None:
-            hypercorn = self._repairs.HypercornConnection(connection, self._guarded_app, self._config, self._context)
+            hypercorn = self._repairs.HypercornConnection(connection, self._served_app, self._config, self._context)
             await hypercorn.run(http2=http2, already_read=already_read)
 
     async def _handshake(

@@ -41,12 +41,14 @@ def agents_asgi(handler: Handler, *, websocket_app: ASGIApp | None = None) -> AS
     async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await _AgentExchange(handler, _connection(), scope, receive, send).run()
+        elif scope["type"] == "lifespan":
+            await (websocket_app or _empty_lifespan)(scope, receive, send)
+        elif (reason := _connection().refusal_of_peer()) is not None:
+            await _refuse_peer(_connection(), reason, "websocket", send)
         elif websocket_app is not None:
             await websocket_app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await _refuse_websocket(handler, _connection(), _target(scope), send)
         else:
-            await _empty_lifespan(receive, send)
+            await _refuse_websocket(handler, _connection(), _target(scope), send)
 
     return app
 
@@ -54,7 +56,7 @@ def agents_asgi(handler: Handler, *, websocket_app: ASGIApp | None = None) -> AS
 def _connection() -> Connection:
     connection = current_connection()
     if connection is None:
-        raise RuntimeError("agents_asgi serves only behind osqbox.listen.Listener")
+        raise RuntimeError("this application serves only behind osqbox.listen.Listener")
     return connection
 
 
@@ -72,6 +74,7 @@ class _AgentExchange:
         self._headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
     async def run(self) -> None:
+        self._shared.books.requests += 1
         pieces: list[bytes] = []
         try:
             response = await self._answer(pieces)
@@ -166,7 +169,7 @@ async def _drop(connection: Connection) -> NoReturn:
     await trio.sleep_forever()  # cancelled with everything else of the connection
 
 
-async def _empty_lifespan(receive: Receive, send: Send) -> None:
+async def _empty_lifespan(_scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
     for phase in ("startup", "shutdown"):
         await receive()
         await send({"type": f"lifespan.{phase}.complete"})
@@ -176,36 +179,38 @@ async def _empty_lifespan(receive: Receive, send: Send) -> None:
 
 
 def guarded(app: ASGIApp, *, body_limit_bytes: int | None) -> ASGIApp:
-    """Wrap ``app`` in what no framework does for it.
+    """Wrap an application that has no `Handler` in front of it.
 
-    Every ``send`` is a checkpoint and fails once the client is gone, so that a loop of sends neither starves the
-    event loop nor outlives its client. A revoked peer is refused. Bodies are bounded in size and time, unless
-    ``body_limit_bytes`` is None.
+    HTTP bodies are bounded in size and time, unless ``body_limit_bytes`` is None, and a peer that may not be served
+    any more is refused before every request.
     """
 
     async def guarded_app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        connection = current_connection()
-        if connection is None or scope["type"] == "lifespan":
+        if scope["type"] == "lifespan":
             await app(scope, receive, send)
             return
-
-        async def checked_send(message: Message) -> None:
-            await trio.lowlevel.checkpoint()
-            if connection.gone:
-                raise ClientGone("the client has left")
-            await send(message)
-
-        try:
-            if scope["type"] == "http":
-                connection.shared.books.requests += 1
-                if body_limit_bytes is not None:
-                    await _BoundedExchange(connection, body_limit_bytes, receive, checked_send).run(app, scope)
-                    return
-            await app(scope, receive, checked_send)
-        except* ClientGone:
-            pass
+        connection = _connection()
+        connection.shared.books.requests += 1
+        reason = connection.refusal_of_peer()
+        if reason is not None:
+            await _refuse_peer(connection, reason, scope["type"], send)
+        elif scope["type"] == "http" and body_limit_bytes is not None:
+            await _BoundedExchange(connection, body_limit_bytes, receive, send).run(app, scope)
+        else:
+            await app(scope, receive, send)
 
     return guarded_app
+
+
+async def _refuse_peer(connection: Connection, reason: str, kind: str, send: Send) -> None:
+    connection.shared.books.refuse("certificate_revoked")
+    connection.retiring = True
+    prefix = "http.response" if kind == "http" else "websocket.http.response"
+    await _send_response(send, _error(403, reason), prefix)
+
+
+def _error(status: int, message: str) -> Response:
+    return Response(json.dumps({"error": message}).encode(), status=status)
 
 
 class _BoundedExchange:
@@ -224,18 +229,12 @@ class _BoundedExchange:
         self._refused: Refused | None = None
 
     async def run(self, app: ASGIApp, scope: MutableMapping[str, Any]) -> None:
-        if (reason := self._connection.refusal_of_peer()) is not None:
-            self._connection.retiring = True
-            self._refused = Refused("certificate_revoked", reason, status=403)
-        else:
-            with self._scope:
-                await app(scope, self._counted_receive, self._noted_send)
-        if self._refused is None:
-            return
-        self._connection.shared.books.refuse(self._refused.reason)
-        if not self._started:
-            body = json.dumps({"error": self._refused.message}).encode()
-            await _send_response(self._send, Response(body, status=self._refused.status))
+        with self._scope:
+            await app(scope, self._counted_receive, self._noted_send)
+        if self._refused is not None:
+            self._connection.shared.books.refuse(self._refused.reason)
+            if not self._started:
+                await _send_response(self._send, _error(self._refused.status, self._refused.message))
 
     async def _noted_send(self, message: Message) -> None:
         self._started = True

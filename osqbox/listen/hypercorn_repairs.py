@@ -5,7 +5,9 @@ What is repaired, each with a test:
 * an exception in the protocol layer ended the process: here it ends its connection (`accept.py`);
 * HTTP/2: DATA or a reset after the answer, pseudo headers that are not ASCII, CONNECT without ``:path``, floods of
   PRIORITY frames, and streams ended by trailers or by a reset, which stayed in the priority tree until it was full;
-* a reader that stalls, in TCP or by an HTTP/2 window it never opens: every write has a deadline for progress;
+* a reader that stalls, in TCP or by an HTTP/2 window it never opens: every write has a deadline for progress, and
+  what waits for that window is bounded;
+* a loop of sends, which starved the event loop once the client had left, and never ended;
 * keep-alive timeouts: one cancel scope's moving deadline instead of a task that frameworks cancelled by accident;
 * frames lost when a task was cancelled while it waited for the send lock;
 * a full queue towards an application that no longer reads: it blocked the very task that should have emptied it;
@@ -34,7 +36,7 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.logging import Logger
 from hypercorn.protocol.events import Body, Data, EndBody, EndData, Trailers
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h2 import BUFFER_LOW_WATER, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -43,7 +45,7 @@ from priority.priority import PriorityError
 
 from osqbox.errors import BadSetup
 
-from .asgi import ASGIApp
+from .asgi import ASGIApp, ClientGone
 from .connection import Connection, Limits, kinds_of
 
 logger = logging.getLogger("osqbox.listen")
@@ -112,13 +114,16 @@ class AppQueue:
 
     def __init__(self, size: int) -> None:
         self._sender, self.receiver = trio.open_memory_channel[Any](size)
-        self._last: Any = None
+        self._disconnect: Any = None
+
+    @property
+    def disconnected(self) -> bool:
+        return self._disconnect is not None
 
     async def put(self, event: Any) -> None:
         if event["type"].endswith(".disconnect"):  # not queued: the queue may be full for good
-            self._last = event
+            self._disconnect = event
             self._sender.close()
-            await trio.lowlevel.checkpoint()
             return
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._sender.send(event)
@@ -127,7 +132,7 @@ class AppQueue:
         try:
             return await self.receiver.receive()
         except trio.EndOfChannel:
-            return self._last
+            return self._disconnect
 
 
 class Tasks:
@@ -146,10 +151,20 @@ class Tasks:
         return queue.put
 
     async def _run_app(self, app: ASGIApp, scope: Any, queue: AppQueue, send: Callable[[Any], Awaitable[None]]) -> None:
-        shared = self._connection.shared
+        connection, shared = self._connection, self._connection.shared
+
+        async def live_send(message: Any) -> None:
+            """A checkpoint, which no framework has here; so a loop of sends can neither starve nor outlive others."""
+            await trio.lowlevel.checkpoint()
+            if connection.gone or queue.disconnected:
+                raise ClientGone("the client has left")
+            await send(message)
+
         try:
             with queue.receiver:
-                await app(scope, queue.get, send)
+                await app(scope, queue.get, live_send)
+        except* ClientGone:
+            pass
         except* Exception as group:
             shared.books.error()
             logger.error("%s: the application failed: %s", shared.name, kinds_of(group))
@@ -191,13 +206,25 @@ class RepairedH2(H2Protocol):
 
     async def _send_data(self, stream_id: int) -> None:
         buffer = self.stream_buffers.get(stream_id)
-        before_bytes = len(buffer.buffer) if buffer is not None else 0
         try:
-            await super()._send_data(stream_id)
-        except (KeyError, PriorityError):
+            if buffer is None:
+                raise KeyError(stream_id)
+            window_bytes = self.connection.local_flow_control_window(stream_id)
+            data = await _take(buffer, min(window_bytes, self.connection.max_outbound_frame_size))
+            if data:
+                self.connection.send_data(stream_id, data, end_stream=buffer.complete)
+                if (waiting := self._waiting.get(stream_id)) is not None:
+                    waiting.deadline = trio.current_time() + self._write_timeout_s
+            elif buffer.complete:
+                self.connection.end_stream(stream_id)
+            else:
+                self.priority.block(stream_id)
+            await self._flush()
+        except (KeyError, PriorityError, h2.exceptions.ProtocolError):
             await self._forget(stream_id)
-        if buffer is not None and len(buffer.buffer) < before_bytes and stream_id in self._waiting:
-            self._waiting[stream_id].deadline = trio.current_time() + self._write_timeout_s
+        else:
+            if buffer.complete:
+                await self._forget(stream_id)
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
@@ -242,6 +269,17 @@ class RepairedH2(H2Protocol):
     async def _tell_if_idle(self) -> None:
         if self.idle:
             await self.send(Updated(idle=True))
+
+
+async def _take(buffer: StreamBuffer, size_bytes: int) -> bytes:
+    """The next bytes of a stream. Hypercorn's own `pop` calls for more even when nothing could be sent."""
+    data = bytes(buffer.buffer[: max(0, size_bytes)])
+    del buffer.buffer[: len(data)]
+    if len(buffer.buffer) < BUFFER_LOW_WATER:
+        await buffer._paused.set()
+    if not buffer.buffer:
+        await buffer._is_empty.set()
+    return data
 
 
 def _is_well_formed(headers: Sequence[tuple[bytes, bytes]]) -> bool:

@@ -131,8 +131,6 @@ class Inline:
                     return None  # retired in the moment the data came: not begun, so the client may safely repeat it
                 self._seen.append(data)
             elif isinstance(event, h11.Request):
-                self._stage = _Stage.ANSWER
-                self._connection.scope.deadline = inf
                 return event
             else:
                 return None

@@ -24,6 +24,8 @@ from osqbox.osquery.nodes import Node, Selector
 from osqbox.store import Tx, count_dropped
 
 OFFER_QUERIES = 1000
+OFFER_BYTES = 4 * 1024 * 1024
+"""SQL offered at once, far within the 8 MiB that osqueryd reads; one query may pass it, the rest comes next time."""
 ANSWERS_BYTES = 4 * 1024 * 1024
 """Answers read at once; one more may pass it."""
 SQL_MAX_BYTES = 1024 * 1024
@@ -164,7 +166,7 @@ def offer(tx: Tx, node: Node) -> dict[str, Any]:
     for row in dropped:
         note = Answer(row[0], True, 0, [], "not run: its discovery query returned no rows", {})
         _end(tx, row[0], node.id, "answered", note)
-    offered = [row for row in rows if row not in dropped]
+    offered = _within(OFFER_BYTES, [row for row in rows if row not in dropped])
     tx.db.executemany(
         "UPDATE osquery_targets SET state = 'sent', offers = offers + 1, sent_at = ? WHERE campaign = ? AND node = ?",
         [(tx.now, row[0], node.id) for row in offered],
@@ -175,6 +177,16 @@ def offer(tx: Tx, node: Node) -> dict[str, Any]:
     if accelerate := max((row[3] or 0 for row in offered), default=0):
         answer["accelerate"] = accelerate
     return answer
+
+
+def _within(limit_bytes: int, rows: list[Any]) -> list[Any]:
+    """The first rows, until the SQL in them is ``limit_bytes``; at least one."""
+    size_bytes = 0
+    for count, row in enumerate(rows):
+        size_bytes += len(row[1]) + len(row[2] or "")
+        if size_bytes > limit_bytes and count:
+            return rows[:count]
+    return rows
 
 
 def write(tx: Tx, node: Node, answers: Sequence[Answer]) -> int:

@@ -21,6 +21,9 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BLOCK_MAX_BYTES = 48 * 1024 * 1024
 BLOCKS_MAX = 1_000_000
 IDLE_S = 86400.0
+OPEN_PER_NODE = 16
+"""An agent carves one thing after the other: of more open carves than this, the one idle for longest was given up."""
+KEPT_CARVES = 10_000
 LISTED_MEMBERS = 10_000
 LISTED_BYTES = 512 * 1024 * 1024
 
@@ -43,6 +46,7 @@ def begin(tx: Tx, node: Node, message: CarveBegin, limit_bytes: int, new_id: Cal
     ).fetchone()
     if again:
         return str(again[0])
+    _bound_open(tx, node)
     session = new_id()
     tx.db.execute(
         "INSERT INTO osquery_carves(session_id, tenant, node, carve_id, request_id, block_count, block_size, carve_size, "
@@ -64,6 +68,16 @@ def begin(tx: Tx, node: Node, message: CarveBegin, limit_bytes: int, new_id: Cal
     if count == 0:
         _complete(tx, session)
     return session
+
+
+def _bound_open(tx: Tx, node: Node) -> None:
+    """Make room for one more open carve of a node."""
+    rows = tx.db.execute(
+        "SELECT session_id FROM osquery_carves WHERE node = ? AND state = 'receiving' ORDER BY updated_at DESC LIMIT -1 OFFSET ?",
+        (node.id, OPEN_PER_NODE - 1),
+    ).fetchall()
+    for (session,) in rows:
+        _give_up(tx, session, node.tenant, node.id)
 
 
 def block_data(message: CarveBlock) -> bytes:
@@ -193,7 +207,7 @@ def members(db: sqlite3.Connection, session: str) -> list[dict[str, Any]]:
             f"carve {session} is {carve['status']}: {carve['received_blocks']} of {carve['block_count']} blocks"
         )
     stream: Any = _BlockStream(archive(db, carve["id"]))
-    unreadable: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, ValueError, OSError)
+    unreadable: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, ValueError, OSError, RecursionError)
     if carve["compressed"]:
         import zstandard
 
@@ -207,7 +221,7 @@ def members(db: sqlite3.Connection, session: str) -> list[dict[str, Any]]:
 
 def _list_tar(stream: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
+    with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8", errors="replace") as tar:
         for member in tar:
             if len(found) >= LISTED_MEMBERS:
                 break
@@ -220,10 +234,18 @@ def _list_tar(stream: Any) -> list[dict[str, Any]]:
                     "type": kind,
                     "size": member.size,
                     "mode": member.mode,
-                    "mtime": rfc3339(float(member.mtime)),
+                    "mtime": _moment(member.mtime),
                 }
             )
     return found
+
+
+def _moment(mtime: float) -> str | None:
+    """A time as a pax header may claim it; None when it is beyond the calendar."""
+    try:
+        return rfc3339(float(mtime))
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 class _BlockStream(io.RawIOBase):
@@ -231,7 +253,7 @@ class _BlockStream(io.RawIOBase):
 
     def __init__(self, parts: Iterator[bytes]) -> None:
         self._parts = parts
-        self._rest = b""
+        self._rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -241,7 +263,7 @@ class _BlockStream(io.RawIOBase):
             part = next(self._parts, None)
             if part is None:
                 return 0
-            self._rest = part
+            self._rest = memoryview(part)
         taken = self._rest[: len(buffer)]
         self._rest = self._rest[len(taken) :]
         buffer[: len(taken)] = taken
@@ -277,23 +299,26 @@ def expire(tx: Tx) -> None:
         (tx.now - IDLE_S,),
     ).fetchall()
     for session, tenant, node in rows:
-        tx.db.execute("UPDATE osquery_carves SET state = 'expired' WHERE session_id = ?", (session,))
-        tx.db.execute("DELETE FROM osquery_carve_blocks WHERE session_id = ?", (session,))
-        tx.emit("carve_expired", tenant=tenant, node=node, session=session)
+        _give_up(tx, session, tenant, node)
+
+
+def _give_up(tx: Tx, session: str, tenant: str, node: str) -> None:
+    tx.db.execute("UPDATE osquery_carves SET state = 'expired' WHERE session_id = ?", (session,))
+    tx.db.execute("DELETE FROM osquery_carve_blocks WHERE session_id = ?", (session,))
+    tx.emit("carve_expired", tenant=tenant, node=node, session=session)
 
 
 def prune(tx: Tx, keep_bytes: int) -> None:
-    """Drop the oldest ended carves until the rest is within ``keep_bytes``."""
-    total = tx.db.execute("SELECT coalesce(sum(carve_size), 0) FROM osquery_carves").fetchone()[0]
+    """Drop the oldest carves, ended ones first, until what is stored of the rest is within ``keep_bytes``."""
     rows = tx.db.execute(
-        "SELECT session_id, carve_size FROM osquery_carves WHERE state <> 'receiving' ORDER BY created_at"
-    )
-    doomed = []
-    for session, size_bytes in rows.fetchall():
-        if total <= keep_bytes:
+        "SELECT session_id, CASE state WHEN 'expired' THEN 0 ELSE min(received_blocks * block_size, carve_size) END "
+        "FROM osquery_carves ORDER BY state = 'receiving', created_at"
+    ).fetchall()
+    held_bytes, left = sum(row[1] for row in rows), len(rows)
+    for session, size_bytes in rows:
+        if held_bytes <= keep_bytes and left <= KEPT_CARVES:
             break
-        doomed.append(session)
-        total -= size_bytes
-    for session in doomed:
         tx.db.execute("DELETE FROM osquery_carves WHERE session_id = ?", (session,))
-    count_dropped(tx, "carves", len(doomed))
+        held_bytes -= size_bytes
+        left -= 1
+    count_dropped(tx, "carves", len(rows) - left)

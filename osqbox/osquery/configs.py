@@ -84,7 +84,7 @@ def remove(tx: Tx, name: str, note: str = "removed") -> None:
 def rollback(tx: Tx, name: str, to: int | None = None) -> int:
     """Serve an older version again, by default the one before; it becomes the newest version. Raises BadUsage.
 
-    A file source stays rolled back until its file changes.
+    A file source stays rolled back until its file changes or the box starts again.
     """
     current = _current(tx.db, name)
     wanted = tx.db.execute(

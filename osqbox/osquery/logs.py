@@ -148,7 +148,7 @@ def prune(tx: Tx, keep_lines: int, keep_age_s: float) -> bool:
     oldest = tx.db.execute("SELECT seq, received_at FROM osquery_logs ORDER BY seq LIMIT ?", (PRUNE_LINES,)).fetchall()
     doomed = [seq for seq, at in oldest if seq <= cut or at < tx.now - keep_age_s]
     if doomed:
-        tx.db.execute("DELETE FROM osquery_logs WHERE seq <= ?", (doomed[-1],))
-        count_dropped(tx, "logs", len(doomed))
-        tx.emit("logs_dropped", lines=len(doomed))
+        dropped = tx.db.execute("DELETE FROM osquery_logs WHERE seq <= ?", (doomed[-1],)).rowcount
+        count_dropped(tx, "logs", dropped)
+        tx.emit("logs_dropped", lines=dropped)
     return len(doomed) == PRUNE_LINES

@@ -19,6 +19,11 @@ M = TypeVar("M")
 GZIP_MAGIC = b"\x1f\x8b"
 KEY_MAX_CHARS = 1024
 LOG_TYPES = ("result", "status")
+GZIP_MEMBERS = 16
+VALUES_MAX = 6_000_000
+"""Values in one body: a list of nothing much takes twenty times its length in memory."""
+VALUES_COUNTED_BYTES = 1024 * 1024
+"""Shorter bodies hold too few values to be counted."""
 
 
 class Keyed(msgspec.Struct, frozen=True):
@@ -98,7 +103,7 @@ def decoded_body(headers: Mapping[str, str], body: bytes, limit_bytes: int) -> b
 def _gunzip(body: bytes, limit_bytes: int) -> bytes:
     parts: list[bytes] = []
     left_bytes = limit_bytes
-    while body:
+    for _ in range(GZIP_MEMBERS):
         stream = zlib.decompressobj(wbits=31)
         try:
             part = stream.decompress(body, left_bytes + 1)
@@ -111,13 +116,17 @@ def _gunzip(body: bytes, limit_bytes: int) -> bytes:
             raise Refused("truncated_gzip", "body: the gzip stream ends before its end")
         parts.append(part)
         body = stream.unused_data
-    return b"".join(parts)
+        if not body:
+            return b"".join(parts)
+    raise Refused("bad_gzip", f"body: expected at most {GZIP_MEMBERS} gzip streams, got more")
 
 
 def decode(body: bytes, shape: type[M]) -> M:
     """A message from a body. Raises Refused with expected, got and where; an empty body is no message."""
     if not body.strip():
         raise Refused("empty_body", "body: expected a JSON object, got nothing")
+    if len(body) > VALUES_COUNTED_BYTES and sum(body.count(mark) for mark in b",[{") > VALUES_MAX:
+        raise Refused("too_large", f"body: expected at most {VALUES_MAX} JSON values", status=413)
     try:
         return msgspec.json.decode(body, type=shape)
     except msgspec.ValidationError as error:
@@ -128,6 +137,14 @@ def decode(body: bytes, shape: type[M]) -> M:
         raise Refused("bad_json", f"body: {error}") from None
     except RecursionError:
         raise Refused("too_deep", "body: JSON nested deeper than is read") from None
+
+
+def as_utf8(body: bytes) -> bytes:
+    """The body with a replacement character for each byte that is no UTF-8.
+
+    Rows hold any bytes of a host and osqueryd writes them as they are; refused, it would send them again for ever.
+    """
+    return body if body.isascii() else body.decode(errors="replace").encode()
 
 
 def decode_object(body: bytes) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from osqbox.store import Tx
 
 RESEND_WINDOW_S = 60.0
 FIELD_MAX_CHARS = 1024
+DETAIL_MAX_CHARS = 4096
+REVOKED_BYTES = 16
+"""Length of the digest of a revoked key: no SHA-256 is that short, so no key fits, not even a blank one."""
 PLATFORM_BITS = ((2, "windows"), (16, "darwin"), (32, "freebsd"), (8, "linux"))
 
 
@@ -63,7 +66,7 @@ def parse_enrollment(body: dict[str, Any], secrets: Iterable[str], digest: bytes
     if details is not None and not isinstance(details, dict):
         raise Refused("wrong_type", f"host_details: expected an object, got {type(details).__name__}")
     tables = {
-        str(table): {str(column): _text(value) for column, value in row.items()}
+        str(table): {str(column): _text(value)[:DETAIL_MAX_CHARS] for column, value in row.items()}
         for table, row in (details or {}).items()
         if isinstance(row, dict)
     }
@@ -89,7 +92,8 @@ def enroll(tx: Tx, request: Enrollment, peer: Peer, new_key: Callable[[], str], 
     """
     secret = tenants.find_secret(tx.db, request.secrets)
     tenant = _tenant_for(tx.db, secret, request, peer)
-    known = _known_host(tx.db, tenant.name, request, peer if secret is None else None)
+    bound = peer.certificate_name if secret is None and tenant.options.client_cert else None
+    known = _known_host(tx.db, tenant.name, request, bound)
     resend = known is not None and _is_resend(tx, known, request)
     if secret is not None and not resend:
         _check_secret(tx, secret)
@@ -97,7 +101,6 @@ def enroll(tx: Tx, request: Enrollment, peer: Peer, new_key: Callable[[], str], 
         raise _no("already_enrolled", "this host is enrolled already, and its tenant refuses a second enrollment")
     if known is not None and known.status == "rejected":
         raise _no("rejected", "this node was rejected")
-    bound = peer.certificate_name if secret is None and tenant.options.client_cert else None
     node_key = "" if bound and tenant.options.blank_keys else new_key()
     node = _save(tx, tenant, secret, known, request, peer, bound, node_key, new_id)
     tx.emit(
@@ -142,16 +145,17 @@ def _check_secret(tx: Tx, secret: tenants.Secret) -> None:
     tenants.use_secret(tx, secret)
 
 
-def _known_host(db: sqlite3.Connection, tenant: str, request: Enrollment, peer: Peer | None) -> Node | None:
+def _known_host(db: sqlite3.Connection, tenant: str, request: Enrollment, certificate: str | None) -> Node | None:
     """The row of this host, if it has enrolled before.
 
     One osquery database (instance_id) is one host whatever it is called now. Otherwise the host identifier
-    decides, unless both sides name their hardware and it differs: two machines may share a host name.
+    decides, unless both sides name their hardware and it differs: two machines may share a host name. A host that
+    enrolls by its certificate is known by that and its identifier.
     """
-    if peer is not None and peer.certificate_name:
+    if certificate is not None:
         row = db.execute(
             f"SELECT {_NODE} FROM osquery_nodes WHERE tenant = ? AND certificate_name = ? AND host_identifier = ?",
-            (tenant, peer.certificate_name, request.host_identifier),
+            (tenant, certificate, request.host_identifier),
         ).fetchone()
         return _node(row) if row else None
     instance = request.details.get("osquery_info", {}).get("instance_id", "")
@@ -240,19 +244,17 @@ def _platform(platform_type: str) -> str:
 
 _AUTH = (
     "SELECT n.id, n.tenant, n.status, n.host_identifier, n.hostname, n.platform, n.platform_like, n.tags, "
-    "n.certificate_name, t.closed_at, t.options FROM osquery_nodes n JOIN tenants t ON t.name = n.tenant "
+    "n.certificate_name, t.closed_at FROM osquery_nodes n JOIN tenants t ON t.name = n.tenant "
 )
 
 
 def authenticate(db: sqlite3.Connection, node_key: str, peer: Peer, uri_secrets: Sequence[str] = ()) -> Node:
     """The active node behind a key, or Refused. Called for every request, so it is one lookup by key."""
-    node, closed_at, options = _find_by_key(db, node_key, peer)
+    node, closed_at = _find_by_key(db, node_key, peer)
     if closed_at is not None:
         raise Refused("tenant_closed", "the tenant of this node is closed", status=401, node_invalid=True)
     if node.certificate_name is not None and peer.certificate_name != node.certificate_name:
         raise Refused("certificate_required", "this node must present its client certificate", status=403)
-    if not node_key and not options.blank_keys:
-        raise Refused("node_key_missing", "node_key: expected one, got none", status=401, node_invalid=True)
     if uri_secrets and (secret := tenants.find_secret(db, uri_secrets)) and secret.tenant != node.tenant:
         raise Refused(
             "foreign_secret", "the enroll secret belongs to another tenant than the node key", status=401,
@@ -265,7 +267,8 @@ def authenticate(db: sqlite3.Connection, node_key: str, peer: Peer, uri_secrets:
     return node
 
 
-def _find_by_key(db: sqlite3.Connection, node_key: str, peer: Peer) -> tuple[Node, float | None, tenants.TenantOptions]:
+def _find_by_key(db: sqlite3.Connection, node_key: str, peer: Peer) -> tuple[Node, float | None]:
+    """The node and when its tenant was closed. A blank key will do where a certificate belongs to just one node."""
     if node_key:
         row = db.execute(f"{_AUTH} WHERE n.key_digest = ?", (tenants.digest(node_key),)).fetchone()
         if row is None:
@@ -274,13 +277,13 @@ def _find_by_key(db: sqlite3.Connection, node_key: str, peer: Peer) -> tuple[Nod
         rows: list[Any] = []
         if peer.certificate_name:
             rows = db.execute(
-                f"{_AUTH} WHERE n.certificate_name = ? AND n.key_digest IS NULL LIMIT 2",
-                (peer.certificate_name,),
+                f"{_AUTH} WHERE n.certificate_name = ? AND (n.key_digest IS NULL OR length(n.key_digest) <> ?) LIMIT 2",
+                (peer.certificate_name, REVOKED_BYTES),
             ).fetchall()
         if len(rows) != 1:
             raise Refused("node_key_missing", "node_key: expected one, got none", status=401, node_invalid=True)
         row = rows[0]
-    return _node(row), row[9], msgspec.json.decode(row[10], type=tenants.TenantOptions)
+    return _node(row), row[9]
 
 
 def find(db: sqlite3.Connection, node_id: str) -> Node:
@@ -411,7 +414,7 @@ def decide(tx: Tx, node_id: str, status: str) -> Node:
 def revoke_key(tx: Tx, node_id: str) -> None:
     """The next request gets ``node_invalid`` and the agent enrolls again; its row and history stay."""
     node = find(tx.db, node_id)
-    tx.db.execute("UPDATE osquery_nodes SET key_digest = randomblob(32) WHERE id = ?", (node_id,))
+    tx.db.execute("UPDATE osquery_nodes SET key_digest = randomblob(?) WHERE id = ?", (REVOKED_BYTES, node_id))
     tx.emit("node_key_revoked", tenant=node.tenant, node=node_id)
 
 

@@ -13,7 +13,7 @@ def m001_nodes(db: Database) -> None:
         """CREATE TABLE osquery_nodes (
             id TEXT PRIMARY KEY,
             tenant TEXT NOT NULL REFERENCES tenants(name),
-            key_digest BLOB UNIQUE,            -- SHA-256 of the node_key; NULL = has no valid key
+            key_digest BLOB UNIQUE,            -- SHA-256 of the node_key; NULL = blank; 16 bytes = revoked
             status TEXT NOT NULL,              -- active, pending (awaits approval), rejected
             host_identifier TEXT NOT NULL,     -- as sent at enrollment
             hostname TEXT NOT NULL,
@@ -37,6 +37,7 @@ def m001_nodes(db: Database) -> None:
     )
     db.conn.execute("CREATE INDEX osquery_nodes_tenant ON osquery_nodes(tenant, host_identifier)")
     db.conn.execute("CREATE INDEX osquery_nodes_instance ON osquery_nodes(tenant, instance_id)")
+    db.conn.execute("CREATE INDEX osquery_nodes_certificate ON osquery_nodes(certificate_name)")
     db.conn.execute(
         """CREATE TABLE osquery_last_bodies (
             node TEXT NOT NULL REFERENCES osquery_nodes(id) ON DELETE CASCADE,
@@ -157,6 +158,7 @@ def m005_carves(db: Database) -> None:
             updated_at REAL NOT NULL
         )"""
     )
+    db.conn.execute("CREATE INDEX osquery_carves_node ON osquery_carves(node, state)")
     db.conn.execute(
         """CREATE TABLE osquery_carve_blocks (
             session_id TEXT NOT NULL REFERENCES osquery_carves(session_id) ON DELETE CASCADE,

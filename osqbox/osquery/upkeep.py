@@ -10,12 +10,13 @@ from pathlib import Path
 import trio
 
 from osqbox.clock import Clock
-from osqbox.errors import UserError
+from osqbox.errors import BadSetup, UserError
 from osqbox.osquery import campaigns, carves, configs, logs, nodes
 from osqbox.osquery.amalgamate import Source
 from osqbox.osquery.presence import Presence
 from osqbox.osquery.routes import OsqueryApi
 from osqbox.osquery.sources import changed, load_source, load_sources
+from osqbox.osquery.sqlcheck import validate
 from osqbox.settings import Retention
 from osqbox.store import Store, Tx, count_dropped
 
@@ -28,7 +29,7 @@ PRUNE_S = 5.0
 
 async def load_config_files(store: Store, paths: tuple[Path, ...]) -> dict[Path, Source]:
     """Put every given file into the store as a source; file sources no longer given are removed. Raises BadSetup."""
-    loaded = dict(zip(paths, await trio.to_thread.run_sync(load_sources, paths), strict=True))
+    loaded = dict(zip(paths, await trio.to_thread.run_sync(_load_all, paths), strict=True))
 
     def save(tx: Tx) -> None:
         given = {source.name for source in loaded.values()}
@@ -40,6 +41,26 @@ async def load_config_files(store: Store, paths: tuple[Path, ...]) -> dict[Path,
 
     await store.write(save)
     return loaded
+
+
+def _load_all(paths: tuple[Path, ...]) -> list[Source]:
+    sources = load_sources(paths)
+    for path, source in zip(paths, sources, strict=True):
+        _refuse_errors(path, source)
+    return list(sources)
+
+
+def _load_checked(path: Path) -> Source:
+    source = load_source(path)
+    _refuse_errors(path, source)
+    return source
+
+
+def _refuse_errors(path: Path, source: Source) -> None:
+    errors = [problem for problem in validate(source.content) if problem.severity == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise BadSetup(f"{path}: {errors[0]}{more}", hint=f"osqbox config validate {path}")
 
 
 @dataclass(slots=True)
@@ -96,7 +117,7 @@ class Upkeep:
     async def _reload(self, path: Path) -> None:
         """Serve a changed file; a broken one changes nothing that is served and is told once."""
         try:
-            source = await trio.to_thread.run_sync(load_source, path)
+            source = await trio.to_thread.run_sync(_load_checked, path)
         except UserError as error:
             if self._told.get(path) != str(error):
                 self._told[path] = str(error)

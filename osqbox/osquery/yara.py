@@ -67,7 +67,8 @@ def listing(db: sqlite3.Connection, tenant: str | None = None) -> list[dict[str,
 def rule_for(db: sqlite3.Connection, name: str, node: Node | None) -> str:
     """A rule's text for a node, or for a stranger when it is public. Raises Refused."""
     row = db.execute(
-        "SELECT content FROM osquery_yara_rules WHERE name = ?1 AND (tenant = ?2 OR public = 1) ORDER BY tenant = ?2 DESC",
+        "SELECT r.content FROM osquery_yara_rules r JOIN tenants t ON t.name = r.tenant AND t.closed_at IS NULL "
+        "WHERE r.name = ?1 AND (r.tenant = ?2 OR r.public = 1) ORDER BY r.tenant = ?2 DESC",
         (name, node.tenant if node else None),
     ).fetchone()
     if row is None:

@@ -183,6 +183,15 @@ def test_a_value_of_another_kind_replaces_all_that_was_there() -> None:
     assert sorted(old.path for old in result.overridden) == [("decorators", "load", 0), ("schedule", "p")]
 
 
+def test_a_value_of_another_kind_can_itself_be_replaced() -> None:
+    result = merged({"schedule": {"p": {"query": "q"}}}, {"schedule": [7]}, {"schedule": {"r": {"query": "r"}}})
+    assert result.config == {"schedule": {"r": {"query": "r"}}}
+    assert [(old.path, old.source, old.by) for old in result.overridden] == [
+        (("schedule", "p"), "s0", "s1"),
+        (("schedule",), "s1", "s2"),
+    ]
+
+
 def test_empty_sections_stay() -> None:
     result = merged({"schedule": {}, "decorators": {"load": []}}, {"schedule": {}})
     assert result.text == b'{"decorators":{"load":[]},"schedule":{}}'

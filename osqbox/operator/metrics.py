@@ -1,0 +1,144 @@
+"""The box in numbers, in Prometheus' text format."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+
+from osqbox import __version__, feed, store
+from osqbox.osquery import campaigns, logs, nodes
+from osqbox.osquery.nodes import Selector
+
+from .operations import operation
+from .parts import Parts
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+STATUSES = ("active", "pending", "rejected")
+
+Labels = Mapping[str, str]
+
+
+class Metric(NamedTuple):
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    samples: Iterable[tuple[Labels, float]]
+
+
+class _Stored(NamedTuple):
+    """What the database knows."""
+
+    nodes: Counter[str]
+    drops: dict[str, int]
+    last_seq: int
+    open_campaigns: int
+    log_lines: int
+
+
+def add(app: QuartTrio, parts: Parts) -> None:
+    @app.get("/metrics")
+    @operation(str, media="text/plain")
+    async def metrics() -> TrioResponse:
+        """Everything counted, for Prometheus."""
+        stored = await parts.store.read(_read)
+        return TrioResponse(render([*_of_box(parts, stored), *_of_listeners(parts.info())]), content_type=TEXT)
+
+
+def _read(db: sqlite3.Connection) -> _Stored:
+    return _Stored(
+        Counter(node.status for node in nodes.select(db, Selector())),
+        store.drops(db),
+        feed.bounds(db)[1],
+        campaigns.count_open(db),
+        logs.last_seq(db),
+    )
+
+
+def render(metrics: Iterable[Metric]) -> str:
+    return "".join(
+        f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n"
+        + "".join(f"{metric.name}{_braced(labels)} {value:.15g}\n" for labels, value in metric.samples)
+        for metric in metrics
+    )
+
+
+def _braced(labels: Labels) -> str:
+    quoted = (f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    return f"{{{','.join(quoted)}}}" if labels else ""
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _one(value: float) -> list[tuple[Labels, float]]:
+    return [({}, value)]
+
+
+def _by(label: str, counts: Mapping[str, float]) -> list[tuple[Labels, float]]:
+    return [({label: word}, counts[word]) for word in sorted(counts)]
+
+
+def _of_box(parts: Parts, stored: _Stored) -> Iterator[Metric]:
+    import psutil
+
+    saved, heard, present = parts.store.statistics(), parts.feed.statistics(), parts.presence.statistics()
+    by_status = {status: stored.nodes[status] for status in STATUSES}
+    yield Metric("osqbox_info", "gauge", "The program.", [({"version": __version__}, 1)])
+    yield Metric("osqbox_ready", "gauge", "1 while agents and operators are served.", _one(parts.ready()))
+    yield Metric(
+        "process_resident_memory_bytes", "gauge", "Memory of the process.", _one(psutil.Process().memory_info().rss)
+    )
+    yield Metric("osqbox_nodes", "gauge", "Enrolled nodes.", _by("status", by_status))
+    yield Metric("osqbox_nodes_seen", "gauge", "Nodes heard of.", _one(present.nodes_seen))
+    yield Metric("osqbox_held_reads", "gauge", "Distributed reads held open.", _one(present.reads_held))
+    yield Metric("osqbox_requests_total", "counter", "Requests of agents.", _by("operation", parts.osquery.requests))
+    yield Metric("osqbox_refused_total", "counter", "Requests of agents refused.", _by("reason", parts.osquery.refused))
+    yield Metric("osqbox_open_campaigns", "gauge", "Campaigns that wait for answers.", _one(stored.open_campaigns))
+    yield Metric("osqbox_log_lines_total", "counter", "Log lines stored.", _one(stored.log_lines))
+    yield Metric("osqbox_dropped_total", "counter", "Removed by retention.", _by("kind", stored.drops))
+    yield Metric("osqbox_store_commits_total", "counter", "Transactions committed.", _one(saved.commits))
+    yield Metric("osqbox_store_jobs_total", "counter", "Jobs in these transactions.", _one(saved.jobs))
+    yield Metric("osqbox_store_queued_jobs", "gauge", "Jobs waiting for the writer.", _one(saved.queued_jobs))
+    yield Metric("osqbox_store_queued_bytes", "gauge", "Bytes in these jobs.", _one(saved.queued_bytes))
+    yield Metric("osqbox_store_file_bytes", "gauge", "Size of the database file.", _one(saved.file_bytes))
+    yield Metric("osqbox_feed_events_total", "counter", "Events in the feed.", _one(stored.last_seq))
+    yield Metric("osqbox_feed_followers", "gauge", "Streams that follow the feed.", _one(heard.followers))
+    yield Metric(
+        "osqbox_feed_skipped_total", "counter", "Events that slow followers had to read again.", _one(heard.skipped)
+    )
+
+
+_COUNTS: tuple[tuple[str, Literal["counter", "gauge"], str], ...] = (
+    ("open_connections", "gauge", "Connections open."),
+    ("accepted", "counter", "Connections accepted."),
+    ("requests", "counter", "Requests."),
+    ("dropped", "counter", "Requests whose connection was dropped instead of an answer."),
+    ("errors", "counter", "Connections or handlers that ended in an exception."),
+)
+_REASONS = (
+    ("handshake_failures", "TLS handshakes that failed."),
+    ("refused", "Connections and requests refused by the listener."),
+)
+
+
+def _of_listeners(info: Mapping[str, Any]) -> Iterator[Metric]:
+    """The listeners among the statistics, by name."""
+    statistics = msgspec.to_builtins(info.get("statistics", {}))
+    listeners = {name: facts for name, facts in statistics.items() if "open_connections" in facts}
+    for field, kind, text in _COUNTS:
+        name = f"osqbox_listener_{field}" + ("_total" if kind == "counter" else "")
+        yield Metric(name, kind, text, _by("listener", {each: facts[field] for each, facts in listeners.items()}))
+    for field, text in _REASONS:
+        counted = [
+            ({"listener": each, "reason": reason}, count)
+            for each, facts in sorted(listeners.items())
+            for reason, count in sorted(facts[field].items())
+        ]
+        yield Metric(f"osqbox_listener_{field}_total", "counter", text, counted)
