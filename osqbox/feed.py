@@ -165,8 +165,7 @@ def events_after(
             where.append(f"{column} = ?")
             words.append(value)
     rows = db.execute(
-        f"SELECT seq, at, kind, tenant, node, data FROM feed_events WHERE {' AND '.join(where)} "
-        "ORDER BY seq LIMIT ?",
+        f"SELECT seq, at, kind, tenant, node, data FROM feed_events WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?",
         (*words, limit),
     )
     return [Event(row[0], row[1], row[2], row[3], row[4], msgspec.json.decode(row[5])) for row in rows]

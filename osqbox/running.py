@@ -20,6 +20,9 @@ from typing import IO, Any, Literal
 from osqbox.errors import AddressInUse, BadSetup
 from osqbox.settings import user_dir
 
+OWNER = "owner"
+"""Locked in an ephemeral data directory by the process it belongs to."""
+
 State = Literal["starting", "ready", "stopping"]
 
 
@@ -66,6 +69,15 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
+def _make_locked(path: Path) -> IO[str]:
+    """A new file that is locked from the moment it has its name: nobody can take it for a dead one's."""
+    unnamed = path.with_name(f".{path.name}")
+    file = os.fdopen(os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+")
+    _lock(file)
+    unnamed.replace(path)
+    return file
+
+
 class Registration:
     """This process's own entry; `close` removes it."""
 
@@ -74,8 +86,7 @@ class Registration:
         self._started_at = started_at
         self._path = runtime_dir() / f"box-{os.getpid()}-{os.urandom(4).hex()}.json"
         self._lock_path = self._path.with_suffix(".lock")
-        self._lock_file = os.fdopen(os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
-        _lock(self._lock_file)
+        self._lock_file = _make_locked(self._lock_path)
         self.update("starting")
 
     def update(self, state: State, ready: dict[str, Any] | None = None) -> None:
@@ -161,14 +172,17 @@ def ephemeral_data_dir() -> Iterator[Path]:
     parent = _private_temp_dir()
     for left in parent.glob("data-*"):
         _sweep(left)
-    directory = Path(tempfile.mkdtemp(prefix="data-", dir=parent))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    unnamed = Path(tempfile.mkdtemp(prefix=".data-", dir=parent))
+    directory = parent / unnamed.name.removeprefix(".")
+    with _make_locked(unnamed / OWNER):
+        unnamed.rename(directory)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sweep(directory: Path) -> None:
-    with suppress(OSError), (directory / "lock").open("r+") as file:
+    with suppress(OSError), (directory / OWNER).open("r+") as file:
         if _lock(file):
             shutil.rmtree(directory, ignore_errors=True)

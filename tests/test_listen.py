@@ -179,7 +179,7 @@ async def connect_clear(listener: Served, host: str = "127.0.0.1") -> Client:
 async def until(condition: Callable[[], bool]) -> None:
     """For effects on the other side of a socket, which no event announces."""
     with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await trio.sleep(0.001)
 
 

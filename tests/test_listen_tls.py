@@ -103,7 +103,7 @@ async def tls(listener: Listener, context: ssl.SSLContext) -> trio.SSLStream[tri
 async def until(condition: Callable[[], bool]) -> None:
     """For effects on the other side of a socket, which no event announces."""
     with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await trio.sleep(0.001)
 
 

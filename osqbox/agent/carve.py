@@ -264,20 +264,28 @@ def _pack(out: IO[bytes], prefix: str, paths: Iterable[str]) -> None:
     total = 0
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for path in paths:
-            try:
-                handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except (OSError, ValueError):
+            content = _open_regular(path)
+            if content is None:
                 continue
-            with os.fdopen(handle, "rb") as content:
-                found = os.fstat(handle)
-                if not stat.S_ISREG(found.st_mode):
-                    continue
-                total += found.st_size
+            with content:
+                member = archive.gettarinfo(arcname=path, fileobj=content)
+                total += member.size
                 if total > MAX_ARCHIVE_BYTES:
                     raise OSError(f"more than {MAX_ARCHIVE_BYTES} bytes to carve")
-                member = archive.gettarinfo(arcname=path, fileobj=content)
                 member.name = prefix + path
                 archive.addfile(member, content)
+
+
+def _open_regular(path: str) -> IO[bytes] | None:
+    """The file open for reading; None for anything that is no regular file or cannot be read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        return None
+    return os.fdopen(handle, "rb")
 
 
 def _file_sha256(path: Path) -> str:

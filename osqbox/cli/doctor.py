@@ -80,7 +80,8 @@ def examine(data: Path | None, certs: Path | None, now: float) -> Iterator[Check
     """Every check, the foundations first."""
     boxes = running.boxes(data)
     data_dir = (boxes[0].data if boxes else None) or data or default_data_dir()
-    certs_dir = certs or default_certs_dir()
+    ca = boxes[0].ready["ca"] if boxes and boxes[0].ready else None
+    certs_dir = certs or (Path(ca).parent if ca else default_certs_dir())
     yield _python()
     yield _packages()
     yield _directory("data directory", data_dir, "osqbox serve --data DIR")

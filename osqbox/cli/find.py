@@ -125,9 +125,10 @@ def _at_url(url: str, token: str | None) -> Found:
     )
     if local and local.ready:
         return Found(client_at(url, token or local.ready["token"]), local.ready, local.pid)
+    client = client_at(url, token)
     if not token:
-        raise BadUsage(f"a token is needed for the box at {url}", hint=f"osqbox ... --url {url} --token TOKEN")
-    return Found(client_at(url, token))
+        raise BadUsage(f"a token is needed for the box at {client.url}", hint=f"osqbox ... --url {url} --token TOKEN")
+    return Found(client)
 
 
 def await_ready(data: Path | None, *, wait_s: float = WAIT_S, grace_s: float | None = None) -> RunningBox:

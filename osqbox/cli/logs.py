@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import Listing, json_option, print_json_line, printable, quiet_pipe, tell
+from osqbox.cli.output import Listing, count, json_option, print_json_line, printable, quiet_pipe, tell
 from osqbox.errors import BadSetup
 
 LINES = 20
+PREVIEW_CHARS = 120
 SEVERITIES = ("info", "warning", "error", "fatal")
 
 
@@ -73,7 +74,8 @@ def _result_text(line: dict[str, Any]) -> str:
     if isinstance(line.get("snapshot"), list):
         rows = line["snapshot"]
         first = _pairs(rows[0]) if rows and isinstance(rows[0], dict) else ""
-        return f"{name}  snapshot of {len(rows)} rows  {first}{' ...' if len(rows) > 1 else ''}".rstrip()
+        more = " ..." if len(rows) > 1 or len(first) > PREVIEW_CHARS else ""
+        return f"{name}  snapshot of {count(len(rows), 'row')}  {first[:PREVIEW_CHARS]}{more}".rstrip()
     if isinstance(line.get("diffResults"), dict):
         changes = line["diffResults"]
         return f"{name}  added {_number(changes.get('added'))}, removed {_number(changes.get('removed'))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -130,33 +131,43 @@ def _print_started(campaign: dict[str, Any], as_json: bool) -> None:
 
 
 def _follow(client: Client, campaign: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    """Print the accounts of a campaign until its summary comes. Ctrl-C cancels the campaign."""
+    """Print the accounts of a campaign until its summary comes, which is returned."""
     report = _JsonReport() if as_json else _TextReport()
-    seen = 0
-    try:
-        for item in client.lines(at("campaigns", campaign["id"], "stream")):
-            if "summary" in item:
-                report.end(item["summary"])
-                summary: dict[str, Any] = item["summary"]
-                return summary
-            report.add(item)
-            seen += 1
-    except KeyboardInterrupt:
-        _cancel(client, campaign["id"], report, seen)
-        raise click.exceptions.Exit(130) from None
-    except BrokenPipeError:
-        with contextlib.suppress(UserError):
-            client.post(at("campaigns", campaign["id"], "cancel"))
-        raise
+    path = at("campaigns", campaign["id"])
+    with _ctrl_c_cancels(client, path):
+        try:
+            for item in client.lines(f"{path}/stream"):
+                if "summary" in item:
+                    report.end(item["summary"])
+                    summary: dict[str, Any] = item["summary"]
+                    return summary
+                report.add(item)
+        except BrokenPipeError:
+            with contextlib.suppress(UserError):
+                client.post(f"{path}/cancel")
+            raise
     raise UserError("the box ended before the last answer", hint=f"osqbox query --show {campaign['id']}")
 
 
-def _cancel(client: Client, campaign: str, report: _JsonReport | _TextReport, seen: int) -> None:
-    tell("\ncancelling ...")
-    summary = client.post(at("campaigns", campaign, "cancel"))["summary"]
-    for account in _accounts(client, campaign, after=seen):
-        report.add(account)
-    report.end(summary)
+@contextlib.contextmanager
+def _ctrl_c_cancels(client: Client, path: str) -> Iterator[None]:
+    """The first Ctrl-C ends the campaign, whose last accounts then come as ever; a second ends the verb at once."""
+    cancelled = False
+
+    def cancel(*_: Any) -> None:
+        nonlocal cancelled
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tell("\ncancelling ...")
+        cancelled = True
+        client.post(f"{path}/cancel")
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if cancelled:
+            raise click.exceptions.Exit(130)
 
 
 class _JsonReport:
@@ -240,6 +251,6 @@ def _show(client: Client, wanted: str, as_json: bool) -> None:
     report.end(campaign["summary"])
 
 
-def _accounts(client: Client, campaign: str, after: int = 0) -> Iterator[dict[str, Any]]:
-    """How targets have ended so far, but for the first ``after``."""
-    yield from client.get(at("campaigns", campaign, "results"), after=after)
+def _accounts(client: Client, campaign: str) -> Iterator[dict[str, Any]]:
+    """How targets have ended so far."""
+    yield from client.get(at("campaigns", campaign, "results"), after=0)

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from osqbox.cli.find import POLL_S, Where, await_ready, box_options, client_at, pause
+from osqbox.cli.find import POLL_S, NoBox, Where, await_ready, box_options, client_at, pause
 from osqbox.errors import NotInTime
 
 
@@ -21,7 +21,10 @@ def command(timeout_s: float, box: Where) -> None:
     deadline = time.monotonic() + timeout_s
     url = box.named_url
     if url is None:
-        found = await_ready(box.data, wait_s=timeout_s, grace_s=timeout_s)
+        try:
+            found = await_ready(box.data, wait_s=timeout_s, grace_s=timeout_s)
+        except NoBox as error:
+            raise NotInTime(f"{error} after {timeout_s:g} s", hint=error.hint) from None
         assert found.ready is not None
         url = found.ready["operator"]
     client = client_at(url, None)

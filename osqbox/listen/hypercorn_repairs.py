@@ -211,11 +211,12 @@ class RepairedH2(H2Protocol):
                 raise KeyError(stream_id)
             window_bytes = self.connection.local_flow_control_window(stream_id)
             data = await _take(buffer, min(window_bytes, self.connection.max_outbound_frame_size))
+            ended = buffer.complete  # asked now: it may change while this is written
             if data:
-                self.connection.send_data(stream_id, data, end_stream=buffer.complete)
+                self.connection.send_data(stream_id, data, end_stream=ended)
                 if (waiting := self._waiting.get(stream_id)) is not None:
                     waiting.deadline = trio.current_time() + self._write_timeout_s
-            elif buffer.complete:
+            elif ended:
                 self.connection.end_stream(stream_id)
             else:
                 self.priority.block(stream_id)
@@ -223,7 +224,7 @@ class RepairedH2(H2Protocol):
         except (KeyError, PriorityError, h2.exceptions.ProtocolError):
             await self._forget(stream_id)
         else:
-            if buffer.complete:
+            if ended:
                 await self._forget(stream_id)
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
@@ -389,7 +390,12 @@ class HypercornConnection:
             elif connection.retiring:
                 connection.scope.cancel()
             else:
-                connection.until(self._limits.keep_alive_timeout_s)
+                connection.until(self._idle_timeout_s())
+
+    def _idle_timeout_s(self) -> float:
+        if isinstance(self._protocol, H11Protocol) and self._protocol.connection.trailing_data[0]:
+            return self._limits.header_timeout_s  # the next head has begun
+        return self._limits.keep_alive_timeout_s
 
     async def _write(self, data: bytes) -> None:
         connection = self._connection

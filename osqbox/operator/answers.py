@@ -106,6 +106,10 @@ async def explain(error: Exception) -> TrioResponse:
             return _explain_http(error)
         case trio.ClosedResourceError():
             return failed(Failure(error="the box is stopping", reason="stopping"), 503)
+        case OverflowError():
+            return failed(
+                Failure(error="expected numbers of at most 64 bits, got a larger one", reason="bad_usage"), 400
+            )
         case sqlite3.OperationalError():
             log.error("the database failed", exc_info=error)
             return failed(

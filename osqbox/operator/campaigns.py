@@ -19,7 +19,7 @@ from osqbox.store import Tx
 
 from .answers import JSON, NDJSON, answered, encoded, read_answer, streamed
 from .ear import Ear, Heard
-from .operations import Body, Query, operation
+from .operations import SEQ_MAX, Body, Query, operation
 from .parts import Parts
 
 TIMEOUT_S = 600.0
@@ -52,7 +52,7 @@ class Newest(Query):
 
 
 class After(Query):
-    after: Annotated[int, Meta(ge=0, description="How many accounts the reader has already.")] = 0
+    after: Annotated[int, Meta(ge=0, le=SEQ_MAX, description="How many accounts the reader has already.")] = 0
 
 
 class Summary(msgspec.Struct):

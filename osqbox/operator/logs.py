@@ -18,7 +18,7 @@ from osqbox.osquery.logs import LogFilter
 
 from .answers import NDJSON, streamed
 from .ear import Ear, Heard
-from .operations import Query, operation
+from .operations import SEQ_MAX, Query, operation
 from .parts import Parts
 
 NEWEST_LINES = 100
@@ -42,7 +42,7 @@ class Wanted(Query):
     node: Annotated[str | None, Meta(description="Id, its beginning, hostname or host identifier.")] = None
     name: Annotated[str | None, Meta(description="Name of the scheduled query.")] = None
     search: Annotated[str | None, Meta(description="Text that the line contains.")] = None
-    after: Annotated[int, Meta(ge=0, description="The seq of the last line the reader has.")] | None = None
+    after: Annotated[int, Meta(ge=0, le=SEQ_MAX, description="The seq of the last line the reader has.")] | None = None
     limit: (
         Annotated[int, Meta(ge=1, le=LINES_MAX, description="The newest so many (100), or at most so many after.")]
         | None

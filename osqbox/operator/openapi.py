@@ -63,6 +63,10 @@ class _Provider(OpenAPIProvider):
             for status, media in found.media.items():
                 content = described["responses"][status]["content"]
                 content[media] = content.pop(JSON)
+                if found.or_json is not None:
+                    schema, more = _schema(found.or_json)
+                    content[JSON] = {"schema": schema}
+                    components.update(more)
             described["responses"]["default"] = {
                 "description": "Nothing was done",
                 "content": {JSON: {"schema": failure}},

@@ -17,6 +17,9 @@ from osqbox.errors import Refused
 
 from .answers import JSON
 
+SEQ_MAX = 2**63 - 1
+"""The largest number SQLite keeps."""
+
 S = TypeVar("S")
 Handler = Callable[..., Awaitable[TrioResponse]]
 
@@ -40,6 +43,8 @@ class Operation:
 
     media: dict[int, str]
     """Media type of each documented answer."""
+    or_json: Any
+    """Shape of the answer in JSON, where a parameter chooses between the two; else None."""
     takes_text: bool
     is_open: bool
     """Answered without a token."""
@@ -50,6 +55,7 @@ def operation(
     *,
     status: int = 200,
     media: str = JSON,
+    or_json: Any = None,
     query: type[Query] | None = None,
     body: type[Body] | None = None,
     takes_text: bool = False,
@@ -59,13 +65,16 @@ def operation(
     """Parses ``query`` and ``body`` and hands them to the handler under these names.
 
     ``answer`` is the shape of the answer, of one line or event of it when ``media`` is a stream; ``also`` are other
-    statuses that are no failure. With ``takes_text`` the body is plain text and comes as ``text``.
+    statuses that are no failure, and ``or_json`` is the shape when a parameter turns a stream into one JSON answer.
+    With ``takes_text`` the body is plain text and comes as ``text``.
     """
 
     def decorate(handler: Handler) -> Handler:
         @wraps(handler)
-        async def run(**words: str) -> TrioResponse:
-            arguments: dict[str, Any] = {name: word.replace(SLASH, "/") for name, word in words.items()}
+        async def run(**words: Any) -> TrioResponse:
+            arguments: dict[str, Any] = {
+                name: word.replace(SLASH, "/") if isinstance(word, str) else word for name, word in words.items()
+            }
             if query is not None:
                 arguments["query"] = _parse_query(query)
             if body is not None:
@@ -81,7 +90,7 @@ def operation(
         answers = {status: answer, **(also or {})}
         for code, shape in answers.items():
             document_response(shape, code)(run)
-        run.operation = Operation(dict.fromkeys(answers, media), takes_text, is_open)  # type: ignore[attr-defined]
+        run.operation = Operation(dict.fromkeys(answers, media), or_json, takes_text, is_open)  # type: ignore[attr-defined]
         return run
 
     return decorate

@@ -17,7 +17,7 @@ from osqbox.store import Store
 
 from .answers import EVENTS, encoded, read_answer, streamed
 from .ear import Ear, Heard
-from .operations import Query, operation
+from .operations import SEQ_MAX, Query, operation
 from .parts import Parts
 
 PAGE_EVENTS = 500
@@ -25,7 +25,7 @@ KEEP_ALIVE = b":\n\n"
 
 
 class Which(Query):
-    after: Annotated[int, Meta(ge=0, description="Seq of the last event the reader has.")] | None = None
+    after: Annotated[int, Meta(ge=0, le=SEQ_MAX, description="Seq of the last event the reader has.")] | None = None
     tenant: str | None = None
     kind: str | None = None
     follow: Annotated[bool, Meta(description="0: an array of kept events instead of a stream.")] = True
@@ -45,20 +45,16 @@ class EventFacts(msgspec.Struct):
 
 def add(routes: Blueprint, parts: Parts) -> None:
     @routes.get("/stream")
-    @operation(EventFacts, media=EVENTS, query=Which)
+    @operation(EventFacts, media=EVENTS, or_json=list[EventFacts], query=Which)
     async def follow_events(query: Which) -> TrioResponse:
         """Events as server-sent events, or with ``follow=0`` as one JSON array.
 
         Honours Last-Event-ID. A comment line each 15 s keeps it alive.
         """
-        after = _last_event_id() if query.follow else query.after
-        after = query.after if after is None else after
         if not query.follow:
-            return await read_answer(parts.store, lambda db: _kept(db, query, after or 0))
-        _, newest = parts.store.peek(feed.bounds)
-        tail = _Tail(parts.store, query, newest if after is None else after)
-        if after is not None and after > newest:
-            tail.restart()
+            return await read_answer(parts.store, lambda db: _kept(db, query))
+        after = _last_event_id()
+        tail = _Tail(parts.store, query, query.after if after is None else after)
         return streamed(_followed(parts, tail), EVENTS)
 
 
@@ -67,8 +63,8 @@ def _last_event_id() -> int | None:
     return int(given) if given.isascii() and given.isdigit() and len(given) < 19 else None
 
 
-def _kept(db: sqlite3.Connection, query: Which, after: int) -> list[dict[str, Any]]:
-    found = feed.events_after(db, after, tenant=query.tenant, kind=query.kind, limit=query.limit)
+def _kept(db: sqlite3.Connection, query: Which) -> list[dict[str, Any]]:
+    found = feed.events_after(db, query.after or 0, tenant=query.tenant, kind=query.kind, limit=query.limit)
     return [event.as_json() for event in found]
 
 
@@ -87,17 +83,17 @@ async def _followed(parts: Parts, tail: _Tail) -> AsyncGenerator[bytes, None]:
 class _Tail:
     """A place in the feed. Live events go on from it; where one is missing, it is read from the database."""
 
-    def __init__(self, store: Store, which: Which, after: int) -> None:
+    def __init__(self, store: Store, which: Which, after: int | None) -> None:
         self._store = store
         self._which = which
-        self._after = after
         self._text: list[bytes] = []
         self.is_behind = True
-
-    def restart(self) -> None:
-        """The reader's number is of another database: tell it, and begin with what this one keeps."""
-        self._text.append(_gap(0))
-        self._after = 0
+        _, newest = store.peek(feed.bounds)
+        self._after = newest if after is None else after
+        if self._after > newest:
+            # A number of another database: say so, and begin with what this one keeps.
+            self._text.append(_gap(0))
+            self._after = 0
 
     def take(self) -> bytes:
         text, self._text = b"".join(self._text), []

@@ -21,6 +21,7 @@ from .operations import Body, operation
 from .parts import Parts
 
 SECRET_MAX_CHARS = 1024
+CENTURY_S = 100 * 365.25 * 86400
 
 Secret = Annotated[str, Meta(max_length=SECRET_MAX_CHARS)]
 
@@ -52,7 +53,7 @@ class NewSecret(Body):
     secret: Secret | None = None
     label: Annotated[str, Meta(max_length=200)] = ""
     tags: tuple[str, ...] = ()
-    expires_in_s: Annotated[float, Meta(gt=0)] | None = None
+    expires_in_s: Annotated[float, Meta(gt=0, le=CENTURY_S)] | None = None
     uses: Annotated[int, Meta(ge=1)] | None = None
 
 

@@ -109,8 +109,8 @@ def start(
         chosen = [node for node in chosen if node.id in heard]
     campaign = new_id()
     tx.db.execute(
-        "INSERT INTO osquery_campaigns(id, tenant, sql, discovery, accelerate_s, created_at, expires_at, ended_at, targets) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO osquery_campaigns(id, tenant, sql, discovery, accelerate_s, created_at, expires_at, ended_at, "
+        "targets) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             campaign,
             order.selector.tenant,
@@ -302,7 +302,8 @@ def count_open(db: sqlite3.Connection) -> int:
 def latest(db: sqlite3.Connection, limit: int, tenant: str | None = None) -> list[Campaign]:
     """The newest campaigns first."""
     rows = db.execute(
-        "SELECT id FROM osquery_campaigns WHERE ?1 IS NULL OR tenant = ?1 ORDER BY created_at DESC, rowid DESC LIMIT ?2",
+        "SELECT id FROM osquery_campaigns WHERE ?1 IS NULL OR tenant = ?1 "
+        "ORDER BY created_at DESC, rowid DESC LIMIT ?2",
         (tenant, limit),
     )
     return [get(db, row[0]) for row in rows.fetchall()]

@@ -49,8 +49,8 @@ def begin(tx: Tx, node: Node, message: CarveBegin, limit_bytes: int, new_id: Cal
     _bound_open(tx, node)
     session = new_id()
     tx.db.execute(
-        "INSERT INTO osquery_carves(session_id, tenant, node, carve_id, request_id, block_count, block_size, carve_size, "
-        "state, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'receiving', ?, ?)",
+        "INSERT INTO osquery_carves(session_id, tenant, node, carve_id, request_id, block_count, block_size, "
+        "carve_size, state, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'receiving', ?, ?)",
         (
             session,
             node.tenant,
@@ -73,7 +73,8 @@ def begin(tx: Tx, node: Node, message: CarveBegin, limit_bytes: int, new_id: Cal
 def _bound_open(tx: Tx, node: Node) -> None:
     """Make room for one more open carve of a node."""
     rows = tx.db.execute(
-        "SELECT session_id FROM osquery_carves WHERE node = ? AND state = 'receiving' ORDER BY updated_at DESC LIMIT -1 OFFSET ?",
+        "SELECT session_id FROM osquery_carves WHERE node = ? AND state = 'receiving' "
+        "ORDER BY updated_at DESC LIMIT -1 OFFSET ?",
         (node.id, OPEN_PER_NODE - 1),
     ).fetchall()
     for (session,) in rows:
@@ -88,19 +89,23 @@ def block_data(message: CarveBlock) -> bytes:
         raise Refused("bad_block", "data: expected standard base64") from None
 
 
-def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None) -> None:
+def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None, certificate: str | None = None) -> None:
     """Store one block, in any order; the session id authorises it, as blocks carry no node key.
 
+    A node that enrolled by certificate must present it: ``certificate`` is the name in the one presented.
     A block received twice is stored once. Raises Refused for anything that would spoil the archive.
     """
     row = tx.db.execute(
-        "SELECT c.tenant, c.node, c.request_id, c.block_count, c.block_size, c.carve_size, c.state, t.closed_at, n.status "
+        "SELECT c.tenant, c.node, c.request_id, c.block_count, c.block_size, c.carve_size, c.state, t.closed_at, "
+        "n.status, n.certificate_name "
         "FROM osquery_carves c JOIN tenants t ON t.name = c.tenant LEFT JOIN osquery_nodes n ON n.id = c.node "
         "WHERE c.session_id = ?",
         (message.session_id,),
     ).fetchone()
     if row is None or row[7] is not None or row[8] != "active" or (node is not None and node.id != row[1]):
         raise Refused("carve_unknown", "session_id: not an open carve of this node", status=404)
+    if row[9] not in (None, certificate):
+        raise Refused("certificate_required", "this node must present its client certificate", status=403)
     tenant, owner, request_id, count, block_bytes, size_bytes, state = row[:7]
     if message.request_id and message.request_id != request_id:
         raise Refused("carve_mismatch", "request_id: differs from the one this carve was begun with")

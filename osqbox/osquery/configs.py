@@ -116,8 +116,8 @@ def _add(tx: Tx, name: str, origin: str, content: str | None, target: str, prior
     ).fetchone()[0]
     tx.db.execute("UPDATE osquery_config_versions SET current = 0 WHERE name = ? AND current = 1", (name,))
     tx.db.execute(
-        "INSERT INTO osquery_config_versions(name, version, origin, content, target, priority, note, created_at, current) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1)",
+        "INSERT INTO osquery_config_versions(name, version, origin, content, target, priority, note, created_at, "
+        "current) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1)",
         (name, version, origin, content, target, priority, note, tx.now),
     )
     tx.db.execute(

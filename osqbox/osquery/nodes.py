@@ -299,7 +299,8 @@ def resolve(db: sqlite3.Connection, word: str, tenant: str | None = None) -> Nod
     scope, args = ("AND tenant = ?", (tenant,)) if tenant else ("", ())
     rows = (
         db.execute(
-            f"SELECT {_NODE} FROM osquery_nodes WHERE (id = ?1 OR hostname = ?1 OR host_identifier = ?1) {scope} LIMIT 3",
+            f"SELECT {_NODE} FROM osquery_nodes "
+            f"WHERE (id = ?1 OR hostname = ?1 OR host_identifier = ?1) {scope} LIMIT 3",
             (word, *args),
         ).fetchall()
         or db.execute(

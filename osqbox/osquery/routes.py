@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -32,7 +33,10 @@ log = logging.getLogger(__name__)
 INLINE_PARSE_BYTES = 256 * 1024
 """Bodies beyond this are unpacked and parsed in a thread, so that one big batch delays nobody."""
 GZIP_ANSWER_BYTES = 1400
+PARSER_THREADS = 2
+"""A large body may take many times its size in memory while it is parsed."""
 CONFIGS_CACHED = 4096
+CONFIGS_CACHED_BYTES = 64 * 1024 * 1024
 SERVED_REMEMBERED = 100_000
 HOLD_MAX_S = 12.0
 """osqueryd gives up after 16 s, connect and hand-shake included."""
@@ -59,7 +63,8 @@ class OsqueryApi:
         self._read_hold_s = min(read_hold_s, HOLD_MAX_S)
         self._new_key = new_key
         self._new_id = new_id
-        self._configs: dict[tuple[int, NodeFacts], bytes] = {}
+        self._configs = _ConfigCache()
+        self._parsers = trio.CapacityLimiter(PARSER_THREADS)
         self._served: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
@@ -77,26 +82,24 @@ class OsqueryApi:
         peer: Peer | None,  # noqa: ARG002 - the Handler's shape
         target: str | None = None,
     ) -> Response | None:
-        if target is not None and protocol.route(target).operation == "carve_block":
-            return None
-        answer = protocol.failure(Refused(reason, message, status=status))
-        answer.close = True
+        operation = None if target is None else protocol.route(target).operation
+        answer = _failure(operation, Refused(reason, message, status=status))
+        if answer is not None:
+            answer.close = True
         return answer
 
     async def answer(self, request: Request) -> Response | None:
         found = protocol.route(request.target)
         self.requests[found.operation or "unknown"] += 1
         try:
-            return _packed(request, await self._dispatch(request, found))
+            return await _packed(request, await self._dispatch(request, found))
         except Refused as refused:
-            self.count_refused(refused.reason)
-            answer = protocol.failure(refused)
+            failed = refused
         except Exception:
             log.exception("internal error in %s", found.operation)
-            self.count_refused("internal")
-            answer = protocol.failure(Refused("internal", "internal error; the server's log has it", status=500))
-        # osqueryd takes any JSON answer to a block as accepted, so only a broken connection refuses one.
-        return None if found.operation == "carve_block" else answer
+            failed = Refused("internal", "internal error; the server's log has it", status=500)
+        self.count_refused(failed.reason)
+        return _failure(found.operation, failed)
 
     def count_refused(self, reason: str) -> None:
         """Also told by the listener: failed handshakes, refused connections."""
@@ -132,14 +135,21 @@ class OsqueryApi:
                 raise Refused("unknown_path", "no such path; osquery's are under /api/v1/osquery/", status=404)
         raise Refused("wrong_method", f"method: expected POST, got {request.method[:20]}", status=405)
 
-    def _body(self, request: Request) -> bytes:
-        return messages.decoded_body(request.headers, request.body, self._bounds.decoded_bytes)
-
-    async def _parse(self, request: Request, parse: Callable[[bytes], T]) -> T:
+    async def _parse(self, request: Request, found: Route, parse: Callable[[bytes], T]) -> T:
         """Unpack and parse a body, in a thread when it is large."""
+        small = found.operation in protocol.SMALL_BODIES
+        limit_bytes = self._bounds.small_body_bytes if small else self._bounds.decoded_bytes
+
+        def work() -> T:
+            return parse(messages.decoded_body(request.headers, request.body, limit_bytes))
+
         if len(request.body) <= INLINE_PARSE_BYTES and not request.body.startswith(messages.GZIP_MAGIC):
-            return parse(self._body(request))
-        return await trio.to_thread.run_sync(lambda: parse(self._body(request)))
+            return work()
+        return await trio.to_thread.run_sync(work, limiter=self._parsers)
+
+    async def _key(self, request: Request, found: Route) -> str | None:
+        """The ``node_key`` of a body that holds little else."""
+        return (await self._parse(request, found, lambda body: messages.decode(body, Keyed))).node_key
 
     def _node(self, request: Request, found: Route, body_key: str | None) -> Node:
         key = protocol.node_key_of(body_key, request.headers, found)
@@ -157,14 +167,10 @@ class OsqueryApi:
             ]
             return nodes.parse_enrollment(members, secrets, protocol.body_digest("enroll", body))
 
-        try:
-            enrollment = await self._parse(request, parse)
-            enrolled = await self._store.write(
-                lambda tx: nodes.enroll(tx, enrollment, request.peer, self._new_key, self._new_id)
-            )
-        except Refused as refused:
-            # A refused enrollment always says node_invalid, as osquery documents it.
-            raise Refused(refused.reason, refused.message, status=refused.status, node_invalid=True) from None
+        enrollment = await self._parse(request, found, parse)
+        enrolled = await self._store.write(
+            lambda tx: nodes.enroll(tx, enrollment, request.peer, self._new_key, self._new_id)
+        )
         self._presence.heard(enrolled.node.id, self._clock.now())
         return protocol.success(node_key=enrolled.node_key)
 
@@ -174,20 +180,18 @@ class OsqueryApi:
         if node_api:
             key = next((value for name, value in found.variables if name == "node_key"), found.first)
         else:
-            key = (await self._parse(request, lambda body: messages.decode(body, Keyed))).node_key
+            key = await self._key(request, found)
         node = self._node(request, found, key)
         text = await self._config_text(node)
         await self._tell_config(node, text)
         return protocol.config_response(text, node_api=node_api)
 
     async def _config_text(self, node: Node) -> bytes:
-        key = (self._store.peek(configs.revision), configs.facts(node))
-        text = self._configs.get(key)
+        revision, facts = self._store.peek(configs.revision), configs.facts(node)
+        text = self._configs.get(revision, facts)
         if text is None:
             text = (await self._store.read(lambda db: configs.config_for(db, node))).text
-            if len(self._configs) >= CONFIGS_CACHED:
-                self._configs.clear()
-            self._configs[key] = text
+            text = self._configs.keep(revision, facts, text)
         return text
 
     async def _tell_config(self, node: Node, text: bytes) -> None:
@@ -201,25 +205,27 @@ class OsqueryApi:
         await self._store.write(lambda tx: tx.emit("config_served", tenant=node.tenant, node=node.id, sha1=digest))
 
     async def _log(self, request: Request, found: Route) -> Response:
-        def parse(body: bytes) -> tuple[LogBatch, list[messages.LogLine], bytes]:
-            batch = messages.decode(body, LogBatch)
-            return batch, messages.log_lines(batch), protocol.body_digest("log", body)
+        def parse(body: bytes) -> tuple[LogBatch, list[messages.LogLine], bytes, int]:
+            batch = messages.decode(messages.as_utf8(body), LogBatch)
+            return batch, messages.log_lines(batch), protocol.body_digest("log", body), len(body)
 
-        batch, lines, digest = await self._parse(request, parse)
+        batch, lines, digest, size_bytes = await self._parse(request, found, parse)
         node = self._node(request, found, batch.node_key)
         await self._store.write(
             lambda tx: logs.receive(tx, node, batch.log_type, lines, digest, request.peer.connection),
             bulk=True,
-            weight_bytes=len(request.body),
+            weight_bytes=size_bytes,
         )
         return protocol.success()
 
     async def _read(self, request: Request, found: Route) -> Response | None:
-        asked = await self._parse(request, lambda body: messages.decode(body, Keyed))
-        node = self._node(request, found, asked.node_key)
+        key = await self._key(request, found)
+        node = self._node(request, found, key)
         self._presence.read(node.id, self._clock.now())
-        if not self._has_work(node) and self._read_hold_s > 0 and not await self._hold(request, node):
-            return None
+        if not self._has_work(node) and self._read_hold_s > 0:
+            if not await self._hold(request, node):
+                return None
+            node = self._node(request, found, key)  # its key may have been revoked meanwhile
         if not self._has_work(node):
             return protocol.success(queries={})
         offered = await self._store.write(lambda tx: campaigns.offer(tx, node))
@@ -252,19 +258,17 @@ class OsqueryApi:
         return not gone
 
     async def _write(self, request: Request, found: Route) -> Response:
-        def parse(body: bytes) -> tuple[WriteBody, list[messages.Answer]]:
-            # Rows may hold any bytes of a host; osqueryd would re-send a refused write for ever.
-            body = body if body.isascii() else body.decode(errors="replace").encode()
-            written = messages.decode(body, WriteBody)
-            return written, messages.answers(written)
+        def parse(body: bytes) -> tuple[WriteBody, list[messages.Answer], int]:
+            written = messages.decode(messages.as_utf8(body), WriteBody)
+            return written, messages.answers(written), len(body)
 
-        written, answers = await self._parse(request, parse)
+        written, answers, size_bytes = await self._parse(request, found, parse)
         node = self._node(request, found, written.node_key)
-        await self._store.write(lambda tx: campaigns.write(tx, node, answers), weight_bytes=len(request.body))
+        await self._store.write(lambda tx: campaigns.write(tx, node, answers), weight_bytes=size_bytes)
         return protocol.success()
 
     async def _carve_begin(self, request: Request, found: Route) -> Response:
-        message = await self._parse(request, lambda body: messages.decode(body, CarveBegin))
+        message = await self._parse(request, found, lambda body: messages.decode(body, CarveBegin))
         node = self._node(request, found, message.node_key)
         session = await self._store.write(
             lambda tx: carves.begin(tx, node, message, self._bounds.carve_bytes, self._new_key)
@@ -276,18 +280,17 @@ class OsqueryApi:
             message = messages.decode(body, CarveBlock)
             return message, carves.block_data(message)
 
-        message, data = await self._parse(request, parse)
+        message, data = await self._parse(request, found, parse)
         key = protocol.node_key_of(message.node_key, request.headers, found)
         node = self._node(request, found, key) if key else None
+        certificate = request.peer.certificate_name
         await self._store.write(
-            lambda tx: carves.receive_block(tx, message, data, node), bulk=True, weight_bytes=len(data)
+            lambda tx: carves.receive_block(tx, message, data, node, certificate), bulk=True, weight_bytes=len(data)
         )
         return protocol.success()
 
     async def _yara(self, request: Request, found: Route) -> Response:
-        body_key: str | None = None
-        if request.body:
-            body_key = (await self._parse(request, lambda body: messages.decode(body, Keyed))).node_key
+        body_key = await self._key(request, found) if request.body else None
         key = protocol.node_key_of(body_key, request.headers, found)
         by_certificate = bool(request.peer.certificate_name and request.body)
         node = self._node(request, found, key) if key or by_certificate else None
@@ -298,13 +301,47 @@ class OsqueryApi:
         return {"requests": dict(self.requests), "refused": dict(self.refused)}
 
 
-def _packed(request: Request, answer: Response | None) -> Response | None:
+class _ConfigCache:
+    """Amalgamated configs of one revision. Many nodes get the same text; it is kept once."""
+
+    def __init__(self) -> None:
+        self._revision = -1
+        self._of: dict[NodeFacts, bytes] = {}
+        self._texts: dict[bytes, bytes] = {}
+        self._size_bytes = 0
+
+    def get(self, revision: int, facts: NodeFacts) -> bytes | None:
+        return self._of.get(facts) if revision == self._revision else None
+
+    def keep(self, revision: int, facts: NodeFacts, text: bytes) -> bytes:
+        """The text, or an equal one that is kept already."""
+        if revision != self._revision or len(self._of) >= CONFIGS_CACHED or self._size_bytes >= CONFIGS_CACHED_BYTES:
+            self._revision, self._size_bytes = revision, 0
+            self._of.clear()
+            self._texts.clear()
+        kept = self._texts.setdefault(text, text)
+        self._size_bytes += len(text) if kept is text else 0
+        self._of[facts] = kept
+        return kept
+
+
+def _failure(operation: str | None, refused: Refused) -> Response | None:
+    """The answer to what is refused; None drops the connection."""
+    if operation == "carve_block":
+        return None  # osqueryd takes any JSON answer to a block as accepted, so only a broken connection refuses one
+    refused.node_invalid |= operation == "enroll"  # as osquery documents it
+    return protocol.failure(refused)
+
+
+async def _packed(request: Request, answer: Response | None) -> Response | None:
     """Gzip for agents that ask for it (``--tls_accept_gzip``) when it is worth it."""
     if (
         answer is not None
         and len(answer.body) > GZIP_ANSWER_BYTES
         and "gzip" in request.headers.get("accept-encoding", "")
     ):
-        answer.body = gzip.compress(answer.body, compresslevel=6, mtime=0)
+        pack = partial(gzip.compress, answer.body, compresslevel=6, mtime=0)
+        small = len(answer.body) <= INLINE_PARSE_BYTES
+        answer.body = pack() if small else await trio.to_thread.run_sync(pack)
         answer.headers = (*answer.headers, ("Content-Encoding", "gzip"))
     return answer

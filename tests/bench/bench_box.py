@@ -21,12 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 CONNECTIONS = 32
+CALLERS = 4
 CORES = sorted(os.sched_getaffinity(0))
 
 BARE = """
@@ -43,8 +45,8 @@ async def app(scope, receive, send):
     while (await receive()).get("more_body"):
         pass
     await send({"type": "http.response.start", "status": 200,
-                "headers": [(b"content-type", b"application/json"), (b"content-length", b"34")]})
-    await send({"type": "http.response.body", "body": b'{"queries":{},"node_invalid":false}'[:34]})
+                "headers": [(b"content-type", b"application/json"), (b"content-length", b"35")]})
+    await send({"type": "http.response.body", "body": b'{"queries":{},"node_invalid":false}'})
 config = Config()
 config.bind, config.certfile, config.keyfile, config.accesslog = ["127.0.0.1:0"], sys.argv[1], sys.argv[2], None
 config.keep_alive_max_requests = 10**9
@@ -139,15 +141,15 @@ class Load:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self._tls.wrap_socket(plain, server_hostname="localhost")
 
-    def keep_alive(self, message: bytes, seconds: float) -> float:
-        """Requests per second on CONNECTIONS kept connections."""
-        connections = [self._connect() for _ in range(CONNECTIONS)]
+    def keep_alive(self, messages: list[bytes], seconds: float) -> float:
+        """Requests per second, one kept connection for each message."""
+        connections = [self._connect() for _ in messages]
         done, end, begun = 0, time.perf_counter() + seconds, time.perf_counter()
         while time.perf_counter() < end:
-            for connection in connections:
+            for connection, message in zip(connections, messages, strict=True):
                 connection.sendall(message)
             for connection in connections:
-                self._expect_ok(connection.recv(65536))
+                self._read_answer(connection)
             done += len(connections)
         rate = done / (time.perf_counter() - begun)
         for connection in connections:
@@ -155,18 +157,30 @@ class Load:
         return rate
 
     def new_connections(self, message: bytes, seconds: float) -> float:
-        """Requests per second, each on a new connection with a full handshake."""
-        done, end, begun = 0, time.perf_counter() + seconds, time.perf_counter()
+        """Requests per second, each on a new connection with a full handshake, CALLERS at a time."""
+        end, begun = time.perf_counter() + seconds, time.perf_counter()
+        with ThreadPoolExecutor(CALLERS) as callers:
+            done = sum(callers.map(lambda _: self._connect_until(end, message), range(CALLERS)))
+        return done / (time.perf_counter() - begun)
+
+    def _connect_until(self, end: float, message: bytes) -> int:
+        done = 0
         while time.perf_counter() < end:
             connection = self._connect()
             connection.sendall(message)
-            self._expect_ok(connection.recv(65536))
+            self._read_answer(connection)
             connection.close()
             done += 1
-        return done / (time.perf_counter() - begun)
+        return done
 
     @staticmethod
-    def _expect_ok(answer: bytes) -> None:
+    def _read_answer(connection: ssl.SSLSocket) -> None:
+        answer = b""
+        while not answer.endswith(b"}"):  # every body here is one small object
+            part = connection.recv(65536)
+            if not part:
+                break
+            answer += part
         if b" 200 " not in answer[:20]:
             raise RuntimeError(f"expected 200, got {answer[:200]!r}")
 
@@ -205,11 +219,11 @@ def bench_reads(directory: Path, seconds: float) -> None:
         port, key = urlsplit(ready["agents"]).port, enroll(ready, "bench")
         assert port is not None
         message = request("/api/v1/osquery/distributed/read", {"node_key": key})
-        ours_kept = Load(port, ready["ca"]).keep_alive(message, seconds)
+        ours_kept = Load(port, ready["ca"]).keep_alive([message] * CONNECTIONS, seconds)
         ours_new = Load(port, ready["ca"]).new_connections(message, seconds)
     certs = directory / "certs"
     with yardstick(BARE, certs) as (port, _):
-        bare_kept = Load(port, str(certs / "ca.pem")).keep_alive(message, seconds)
+        bare_kept = Load(port, str(certs / "ca.pem")).keep_alive([message] * CONNECTIONS, seconds)
         bare_new = Load(port, str(certs / "ca.pem")).new_connections(message, seconds)
     with yardstick(STDLIB, certs) as (port, _):
         stdlib_new = Load(port, str(certs / "ca.pem")).new_connections(message, seconds)
@@ -227,14 +241,12 @@ def bench_logs(directory: Path, seconds: float) -> None:
             "columns": {f"column_{index}": "x" * 20 for index in range(8)}}  # fmt: skip
     for lines in (10, 100):
         with box(directory, "--read-hold", "0") as ready:
-            port, key = urlsplit(ready["agents"]).port, enroll(ready, "bench")
+            port = urlsplit(ready["agents"]).port
             assert port is not None
-            before = _count_lines(ready)
-            message = request(
-                "/api/v1/osquery/log", {"node_key": key, "log_type": "result", "data": [line] * lines}
-            )
-            begun = time.perf_counter()
-            rate = _log_storm(Load(port, ready["ca"]), message, seconds)
+            # a node for each connection: one body of one node on two connections would be a re-send
+            storm = [_batch(enroll(ready, f"bench-{index}"), [line] * lines) for index in range(CONNECTIONS)]
+            before, begun = _count_lines(ready), time.perf_counter()
+            rate = Load(port, ready["ca"]).keep_alive(storm, seconds)
             elapsed = time.perf_counter() - begun
             stored = _count_lines(ready) - before
         single = _one_transaction_each(directory, line, lines)
@@ -243,8 +255,8 @@ def bench_logs(directory: Path, seconds: float) -> None:
               f"ratio {stored / elapsed / single:.2f}")  # fmt: skip
 
 
-def _log_storm(load: Load, message: bytes, seconds: float) -> float:
-    return load.keep_alive(message, seconds)
+def _batch(key: str, lines: list[dict[str, Any]]) -> bytes:
+    return request("/api/v1/osquery/log", {"node_key": key, "log_type": "result", "data": lines})
 
 
 def _count_lines(ready: dict[str, Any]) -> int:

@@ -1,0 +1,445 @@
+"""A whole agent over real TLS against a small scripted server: connections, headers, and what survives."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import queue
+import socket
+import ssl
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trustme
+
+from osqbox.agent.client import EnrollmentFailed
+from osqbox.agent.runner import AgentOptions, run_agent
+from osqbox.agent.sql import source
+from osqbox.agent.wire import CallFailed, Channel, client_context
+from osqbox.errors import BadSetup
+
+TIMEOUT_S = 20
+
+
+@dataclass
+class Seen:
+    path: str
+    body: Any
+    headers: list[tuple[str, str]]
+    connection: int
+
+
+@dataclass
+class Server:
+    """An osquery TLS server whose answers a test scripts; every request can be waited for."""
+
+    ca_file: Path
+    port: int = 0
+    replies: dict[str, Any] = field(default_factory=dict)
+    seen: list[Seen] = field(default_factory=list)
+    news: queue.Queue[Seen] = field(default_factory=queue.Queue)
+
+    @property
+    def hostname(self) -> str:
+        return f"localhost:{self.port}"
+
+    def options(self, **changes: Any) -> AgentOptions:
+        given: dict[str, Any] = {"tls_hostname": self.hostname, "server_certs": self.ca_file, "enroll_secret": "s"}
+        return AgentOptions(**{**given, "distributed_interval": 1, "logger_period": 1, **changes})
+
+    def calls(self, ending: str) -> list[Seen]:
+        return [seen for seen in self.seen if seen.path.endswith(ending)]
+
+    def reply(self, seen: Seen) -> Any:
+        ending = next((e for e in self.replies if seen.path.endswith(e)), None)
+        if ending is None:
+            return {"node_key": "key"} if seen.path.endswith("enroll") else {}
+        found = self.replies[ending]
+        if isinstance(found, list):
+            found = found.pop(0) if len(found) > 1 else found[0]
+        return found(seen) if callable(found) else found
+
+
+def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1
+
+        def do_POST(self) -> None:
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers["Content-Encoding"] == "gzip":
+                raw = gzip.decompress(raw)
+            seen = Seen(self.path, json.loads(raw), self.headers.items(), id(self.connection))
+            server.seen.append(seen)
+            reply = server.reply(seen)
+            server.news.put(seen)
+            if reply is None:
+                self.close_connection = True
+                return
+            status, headers, body = reply if isinstance(reply, tuple) else (200, {}, reply)
+            content = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    return Handler
+
+
+class QuietServer(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is no news."""
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def server(ca: trustme.CA, tmp_path: Path) -> Iterator[Server]:
+    ca_file = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(ca_file))
+    made = Server(ca_file)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("localhost").configure_cert(context)
+    listening = QuietServer(("127.0.0.1", 0), handler(made))
+    listening.socket = context.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
+    made.port = listening.server_port
+    thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield made
+    listening.shutdown()
+    listening.server_close()
+
+
+def run_until(server: Server, done: Callable[[], bool], options: AgentOptions, **given: Any) -> list[tuple[str, Any]]:
+    """Run an agent until the server has seen enough; returns the agent's events."""
+    events: list[tuple[str, Any]] = []
+
+    async def main() -> None:
+        with trio.fail_after(TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(agent)
+                while not done():
+                    await trio.to_thread.run_sync(wait_for_news, abandon_on_cancel=True)
+                nursery.cancel_scope.cancel()
+
+    async def agent() -> None:
+        await run_agent(options, on_event=lambda kind, facts: events.append((kind, facts)), **given)
+
+    def wait_for_news() -> None:
+        server.news.get(timeout=TIMEOUT_S)
+
+    trio.run(main)
+    assert [facts for kind, facts in events if kind == "thread_failed"] == []
+    return events
+
+
+def test_a_live_query_is_answered_with_this_machines_data(server: Server) -> None:
+    sql = "select pid, name from processes order by pid limit 3"
+    server.replies["distributed/read"] = [{"queries": {"q": sql, "bad": "select * from nope"}}, {}]
+    started = time.monotonic()
+    run_until(server, lambda: bool(server.calls("write")), server.options())
+    assert time.monotonic() - started < 5
+    write = server.calls("write")[0].body
+    assert [row["pid"] for row in write["queries"]["q"]][0] == "1"
+    assert write["messages"] == {"bad": "no such table: nope", "q": ""}
+    enroll = server.calls("enroll")[0].body
+    assert {"os_version", "osquery_info", "system_info"} <= set(enroll["host_details"])
+    info = enroll["host_details"]["osquery_info"]
+    assert list(info) == sorted(info)
+    assert (info["version"], info["config_hash"], info["config_valid"]) == ("5.23.1", "", "0")
+    assert [seen.path.rsplit("/", 1)[1] for seen in server.seen[:2]] == ["enroll", "config"]
+
+
+def test_headers_are_osqueryds_in_its_order(server: Server) -> None:
+    run_until(server, lambda: bool(server.calls("read")), server.options())
+    common = [("Content-Type", "application/json"), ("Accept", "application/json"), ("User-Agent", "osquery/5.23.1")]
+    for ending, extra in (("enroll", []), ("config", [("Authorization", "NodeKey key")])):
+        seen = server.calls(ending)[0]
+        length = str(len(json.dumps(seen.body, separators=(",", ":"), ensure_ascii=False).encode()))
+        assert seen.headers == [*common, *extra, ("Host", server.hostname), ("Content-Length", length)]
+
+
+def test_each_thread_keeps_its_connection(server: Server) -> None:
+    server.replies["config"] = {"schedule": {"q": {"query": "select days from uptime", "interval": 1, "snapshot": True}}}
+    done = lambda: len(server.calls("read")) >= 2 and len(server.calls("log")) >= 2  # noqa: E731
+    run_until(server, done, server.options())
+    assert len({seen.connection for seen in server.calls("read")}) == 1
+    assert len({seen.connection for seen in server.calls("log")}) == 1
+    assert {seen.connection for seen in server.calls("read")} != {seen.connection for seen in server.calls("log")}
+
+
+def test_scheduled_results_are_logged_compressed(server: Server) -> None:
+    query = {"query": "select pid, version from osquery_info", "interval": 1}
+    options = {"logger_tls_compress": True, "schedule_splay_percent": 0}
+    server.replies["config"] = {
+        "schedule": {"info": query},
+        "options": options,
+        "decorators": {"load": ["select uuid as host_uuid from osquery_info"]},
+    }
+    run_until(
+        server,
+        lambda: any(seen.body["log_type"] == "result" for seen in server.calls("log")),
+        server.options(uuid="THE-UUID", host_identifier="uuid"),
+    )
+    (seen,) = [seen for seen in server.calls("log") if seen.body["log_type"] == "result"][:1]
+    assert ("Content-Encoding", "gzip") in seen.headers
+    (line,) = seen.body["data"]
+    assert line["name"] == "info"
+    assert line["hostIdentifier"] == "THE-UUID"
+    assert line["decorations"] == {"host_uuid": "THE-UUID"}
+    assert line["columns"]["version"] == "5.23.1"
+
+
+def test_a_dropped_connection_is_resent_once_at_once(server: Server) -> None:
+    """The first answer to a read is a closed connection: the same body comes again on another one."""
+    server.replies["distributed/read"] = [None, {"queries": {"q": "select 1 as a"}}, {}]
+    events = run_until(server, lambda: bool(server.calls("write")), server.options())
+    first, second = server.calls("read")[:2]
+    assert first.body == second.body
+    assert first.connection != second.connection
+    assert not [facts for kind, facts in events if kind == "call_failed"]
+
+
+def test_status_codes_are_ignored_and_redirects_followed(server: Server) -> None:
+    moved = (307, {"Location": "/elsewhere/enroll2?x=1"}, {"error": "moved"})
+    server.replies = {"v1/osquery/enroll": moved, "enroll2?x=1": (500, {}, {"node_key": "k2"})}
+    run_until(server, lambda: bool(server.calls("config")), server.options())
+    assert [seen.path for seen in server.seen[:2]] == ["/api/v1/osquery/enroll", "/elsewhere/enroll2?x=1"]
+    assert server.seen[0].body == server.seen[1].body
+    assert ("Authorization", "NodeKey k2") in server.calls("config")[0].headers
+
+
+def test_a_carve_arrives_whole(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "evidence.bin"
+    file.write_bytes(bytes(range(256)) * 100)
+    server.replies = {
+        "distributed/read": [{"queries": {"c": f"select * from carves where path = '{file}' and carve = 1"}}, {}],
+        "carve/begin": {"session_id": "s1"},
+    }
+    options = server.options(carve_period_s=1)
+
+    def done() -> bool:
+        begun = server.calls("carve/begin")
+        return bool(begun) and len(server.calls("carve/block")) == begun[0].body["block_count"]
+
+    run_until(server, done, options)
+    begin = server.calls("carve/begin")[0].body
+    (row,) = server.calls("write")[0].body["queries"]["c"]
+    assert (row["status"], row["carve_guid"]) == ("SCHEDULED", begin["carve_id"])
+    content = b"".join(b64decode(seen.body["data"]) for seen in server.calls("carve/block"))
+    assert len(content) == begin["carve_size"]
+    with tarfile.open(fileobj=BytesIO(content)) as archive:
+        (member,) = archive.getmembers()
+        extracted = archive.extractfile(member)
+        assert extracted is not None
+        assert extracted.read() == file.read_bytes()
+
+
+def test_a_restart_goes_on_with_the_same_key_and_the_logs_that_were_left(server: Server, tmp_path: Path) -> None:
+    server.replies = {
+        "config": {"schedule": {"q": {"query": "select 1 as a", "interval": 1}}, "options": {"schedule_splay_percent": 0}},
+        "log": {"error": "not now"},
+    }
+    options = server.options(state_dir=tmp_path / "state")
+    run_until(server, lambda: any(seen.body["log_type"] == "result" for seen in server.calls("log")), options)
+    left = next(seen.body["data"] for seen in server.calls("log") if seen.body["log_type"] == "result")
+    assert left[0]["columns"] == {"a": "1"}
+    server.seen.clear()
+    server.replies["log"] = {}
+    run_until(server, lambda: any(seen.body["log_type"] == "result" for seen in server.calls("log")), options)
+    assert server.calls("enroll") == []
+    assert next(seen.body["data"] for seen in server.calls("log") if seen.body["log_type"] == "result") == left
+
+
+def test_other_tables_make_another_host(server: Server) -> None:
+    tables = {
+        "system_info": source(lambda _c: [{"hostname": "pretend", "uuid": "P"}]),
+        "processes": source(lambda _c: [{"pid": 1, "name": "init"}]),
+    }
+    sql = "select p.name, i.version, u.hostname from processes p, osquery_info i, system_info u"
+    server.replies["distributed/read"] = [{"queries": {"q": sql}}, {}]
+    run_until(server, lambda: bool(server.calls("write")), server.options(hostname="pretend"), tables=tables)
+    assert server.calls("enroll")[0].body["host_identifier"] == "pretend"
+    assert set(server.calls("enroll")[0].body["host_details"]) == {"osquery_info", "system_info"}
+    assert server.calls("write")[0].body["queries"]["q"] == [
+        {"name": "init", "version": "5.23.1", "hostname": "pretend"}
+    ]
+
+
+def test_the_agent_shows_itself(server: Server) -> None:
+    server.replies = {
+        "config": {
+            "schedule": {"q": {"query": "select 1 as a", "interval": 600}},
+            "packs": {"p": {"queries": {"x": {"query": "select 2 as a", "interval": 600}}, "platform": "windows"}},
+        },
+        "distributed/read": [
+            {
+                "queries": {
+                    "schedule": "select name, interval, executions from osquery_schedule",
+                    "packs": "select name, active from osquery_packs",
+                    "info": "select config_valid, length(config_hash) as n from osquery_info",
+                    "flags": "select value from osquery_flags where name = 'distributed_interval'",
+                    "registry": "select count(*) as n from osquery_registry where registry = 'table'",
+                }
+            },
+            {},
+        ],
+    }
+    run_until(server, lambda: bool(server.calls("write")), server.options())
+    assert server.calls("write")[0].body["queries"] == {
+        "flags": [{"value": "1"}],
+        "info": [{"config_valid": "1", "n": "40"}],
+        "packs": [{"name": "main", "active": "1"}, {"name": "p", "active": "0"}],
+        "registry": [{"n": "156"}],
+        "schedule": [{"name": "q", "interval": "600", "executions": "0"}],
+    }
+
+
+def test_a_slow_query_does_not_hold_up_the_others(server: Server) -> None:
+    """A query that never ends is stopped at its time; meanwhile logs and stopping work."""
+    endless = "with recursive c(x) as (select 1 union all select x+1 from c) select x from c where x < 0"
+    server.replies["distributed/read"] = [{"queries": {"slow": endless}}, {}]
+    events = run_until(server, lambda: bool(server.calls("write")), server.options(sql_timeout_s=1.5))
+    assert server.calls("write")[0].body["messages"]["slow"].startswith("interrupted")
+    assert events
+
+
+def test_stopping_in_the_middle_of_a_query_is_quick(server: Server) -> None:
+    endless = "with recursive c(x) as (select 1 union all select x+1 from c) select x from c where x < 0"
+    server.replies["distributed/read"] = {"queries": {"slow": endless}}
+    started = time.monotonic()
+    run_until(server, lambda: bool(server.calls("read")), server.options())
+    assert time.monotonic() - started < 10
+
+
+def test_a_refused_enrollment_ends_with_the_reason(server: Server) -> None:
+    server.replies["enroll"] = {"error": "unknown secret"}
+    with pytest.raises(EnrollmentFailed, match=r"cannot enroll at https://localhost:\d+/.*: Request failed: unknown secret"):
+        run_until(server, lambda: False, server.options(flags={"tls_enroll_max_attempts": "1"}))
+
+
+def test_a_server_of_another_ca_is_named_as_such(server: Server, tmp_path: Path) -> None:
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
+    options = server.options(server_certs=tmp_path / "other.pem", flags={"tls_enroll_max_attempts": "1"})
+    with pytest.raises(EnrollmentFailed, match="unable to get local issuer certificate|self.signed certificate"):
+        run_until(server, lambda: False, options)
+
+
+def test_an_unreadable_ca_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(BadSetup, match="cannot use the certificates") as caught:
+        client_context(tmp_path / "nothing.pem")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("hostname", ["", "host:port", "host/path", "https://host"])
+def test_a_bad_hostname_is_a_clear_error(hostname: str) -> None:
+    with pytest.raises(BadSetup, match="expected a host and port"):
+        Channel(hostname, ssl.create_default_context())
+
+
+# -- the connection alone, against hand-made bytes ---------------------------------------------------------------
+
+
+def answer_with(ca: trustme.CA, raw: bytes) -> str:
+    """The error of a call that a server answers with these bytes, on every connection, and then closes."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("localhost").configure_cert(context)
+    trusting = ssl.create_default_context()
+    ca.configure_trust(trusting)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+        try:
+            await tls.receive_some(65536)
+            await tls.send_all(raw)
+        except trio.BrokenResourceError:
+            pass
+        finally:
+            await tls.aclose()
+
+    async def main() -> str:
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(lambda task_status: trio.serve_tcp(serve, 0, host="127.0.0.1", task_status=task_status))
+            channel = Channel(f"localhost:{listeners[0].socket.getsockname()[1]}", trusting)
+            try:
+                found = (await channel.post("/x", b"{}")).decode()
+            except CallFailed as error:
+                found = f"failed: {error}"
+            await channel.aclose()
+            nursery.cancel_scope.cancel()
+        return found
+
+    return trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("raw", "outcome"),
+    [
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}", "{}"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", "{}"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}", "{}"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "failed: Request error: peer closed connection"),
+        (b"", "failed: Request error: "),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "failed: Request error: "),
+        (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "failed: Request error: redirect without a Location"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://a/\r\nContent-Length: 0\r\n\r\n", "failed: Request error: cannot follow"),
+        (b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+         "failed: Request error: more than 10 redirects"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n" + b"x" * (8 * 1024 * 1024 + 1),
+         "failed: Request error: body limit"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", "failed: Request error: "),
+    ],
+)  # fmt: skip
+def test_what_a_server_may_send(ca: trustme.CA, raw: bytes, outcome: str) -> None:
+    found = answer_with(ca, raw)
+    assert found.startswith(outcome) if outcome.startswith("failed") else found == outcome
+
+
+def test_nobody_listening_is_told_in_words() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+    async def main() -> None:
+        await Channel(f"127.0.0.1:{port}", ssl.create_default_context()).post("/", b"")
+
+    with pytest.raises(CallFailed, match="Request error: "):
+        trio.run(main)
+
+
+def test_a_silent_server_is_given_up_after_the_deadline(ca: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osqbox.agent.wire.CALL_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        channel = Channel(f"localhost:{silent.getsockname()[1]}", ssl.create_default_context())
+        with pytest.raises(CallFailed, match="timeout"):
+            trio.run(lambda: channel.post("/", b"{}"))
+
+
+def test_importing_the_runner_leaves_heavy_libraries_alone() -> None:
+    check = (
+        "import sys, osqbox.agent.runner;"
+        "print([name for name in ('apsw', 'psutil', 'zstandard', 'cryptography', 'quart') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"
