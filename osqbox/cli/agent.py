@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from osqbox.cli.output import print_json_line, printable, tell
+from osqbox.errors import OsqboxError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import trio
 
 _TOLD = {
     "enrolled": "enrolled as {host_identifier}",
@@ -68,8 +75,23 @@ def command(tls_hostname: str | None, ca: Path | None, enroll_secret: str | None
         elif kind in _TOLD:
             tell(_TOLD[kind].format(**{name: printable(value) for name, value in facts.items()}))
 
-    async def run() -> None:
-        await run_agent(agent, on_event=on_event)
+    async def run() -> OsqboxError | None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_on, signals, scope)
+                try:
+                    await run_agent(agent, on_event=on_event)
+                except OsqboxError as error:  # kept out of the nursery's exception group
+                    scope.cancel()
+                    return error
+        return None
 
-    trio.run(run)
+    failed = trio.run(run)
+    if failed is not None:
+        raise failed
     return 0
+
+
+async def _cancel_on(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()

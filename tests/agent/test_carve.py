@@ -52,7 +52,9 @@ def test_like_carves_all_matches_together(tmp_path: Path) -> None:
     assert found.path == f"{tmp_path}/one.log,{tmp_path}/two.log"
 
 
-@pytest.mark.parametrize("where", ["", "where carve = 1", "where path = '/etc/hostname'", "where path = '/x' and carve = 0"])
+@pytest.mark.parametrize(
+    "where", ["", "where carve = 1", "where path = '/etc/hostname'", "where path = '/x' and carve = 0"]
+)
 def test_only_looking_carves_nothing(where: str) -> None:
     carves = new_carves()
     assert Engine(carves.tables()).query(f"select * from carves {where}").status == 0
@@ -110,7 +112,13 @@ class Upload:
         given = {"tls_hostname": "h", "disable_carver": "false", "carver_block_size": "100", **(flags or {})}
         who = Identity("h", "u", "i", "e", 1, START)
         self.core = Core(
-            who, Flags(given), Endpoints(), store, enroll_secret=str, rng=None, now=START  # type: ignore[arg-type]
+            who,
+            Flags(given),
+            Endpoints(),
+            store,
+            enroll_secret=str,
+            rng=None,
+            now=START,  # type: ignore[arg-type]
         )
         self.carves = new_carves(store)
         Engine(self.carves.tables()).query("select * from carves where path='/a,/b' and carve=1")

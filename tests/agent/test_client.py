@@ -327,7 +327,11 @@ def test_snapshots_log_every_run_with_counter_0() -> None:
     config = {"schedule": {"q": {"query": "select q", "interval": 10, "snapshot": True}}}
     answers = iter([rows({"a": 1}), rows(), rows({"a": 1})])
     world = scheduled(config, {"select q": lambda: next(answers)}, for_s=29)
-    assert [(line["snapshot"], line["counter"]) for line in lines(world)] == [([{"a": "1"}], 0), ([], 0), ([{"a": "1"}], 0)]
+    assert [(line["snapshot"], line["counter"]) for line in lines(world)] == [
+        ([{"a": "1"}], 0),
+        ([], 0),
+        ([{"a": "1"}], 0),
+    ]
 
 
 def test_a_new_epoch_logs_everything_again() -> None:
@@ -400,7 +404,9 @@ def test_startup_priority_runs_first_and_at_once() -> None:
 
 
 def test_a_new_schedule_does_not_run_what_was_due_before_it_came() -> None:
-    world = World(script(config=[{}, {"schedule": {"q": {"query": "select q", "interval": 1000}}}]), {"config_refresh": "95"})
+    world = World(
+        script(config=[{}, {"schedule": {"q": {"query": "select q", "interval": 1000}}}]), {"config_refresh": "95"}
+    )
     world.enroll()
     world.run(world.core.first_config())
     world.run(world.core.scheduler(), world.core.config_refresh(), for_s=994)
@@ -454,7 +460,9 @@ def test_max_lines_bounds_a_post() -> None:
 
 
 def test_a_line_over_the_limit_is_dropped_with_a_warning() -> None:
-    world = scheduled(SCHEDULE, {"select q": rows({"a": "x" * 2000})}, for_s=9, flags={"logger_tls_max_linesize": "1000"})
+    world = scheduled(
+        SCHEDULE, {"select q": rows({"a": "x" * 2000})}, for_s=9, flags={"logger_tls_max_linesize": "1000"}
+    )
     assert lines(world) == []
     assert any(line["message"] == "Linesize exceeds TLS logger maximum: 1000" for line in lines(world, "status"))
 
@@ -501,7 +509,9 @@ def test_discovery_drops_queries_silently() -> None:
 
 
 def test_a_discovery_error_drops_the_whole_reply() -> None:
-    world = distributed([{"queries": {"a": "select a"}, "discovery": {"a": "bad"}, "accelerate": 60}, {}], {"bad": error("x")})
+    world = distributed(
+        [{"queries": {"a": "select a"}, "discovery": {"a": "bad"}, "accelerate": 60}, {}], {"bad": error("x")}
+    )
     assert world.calls("write") == []
 
 
@@ -596,7 +606,12 @@ def test_no_answer_of_a_server_ends_an_agent(answers: list[bytes | Failure]) -> 
     world = World(lambda send: {"node_key": "k"} if send.call == "enroll" else answers[next(number) % len(answers)])
     core = world.core
     world.run(
-        core.first_config(), core.scheduler(), core.log_forwarder(), core.distributed(), core.config_refresh(), for_s=120
+        core.first_config(),
+        core.scheduler(),
+        core.log_forwarder(),
+        core.distributed(),
+        core.config_refresh(),
+        for_s=120,
     )
     assert core.node_key in ("k", "")
 

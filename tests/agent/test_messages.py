@@ -71,7 +71,9 @@ def test_enrollment_is_refused_only_by_leaving_the_key_out(body: bytes, key: str
 
 def test_enroll_body_order() -> None:
     body = messages.enroll_body("s/", "h", {"os_version": {"name": "Ä"}}, secret_name="enroll_secret")
-    expected = '{"enroll_secret":"s/","host_identifier":"h","platform_type":"9","host_details":{"os_version":{"name":"Ä"}}}'
+    expected = (
+        '{"enroll_secret":"s/","host_identifier":"h","platform_type":"9","host_details":{"os_version":{"name":"Ä"}}}'
+    )
     assert body == expected.encode()
 
 
@@ -136,8 +138,7 @@ def test_reading_work(members: dict[str, object], queries: dict[str, str], accel
 
 def test_the_config_hash_vector() -> None:
     body = (
-        b'{"schedule":{"tls_proc":{"query":"select * from processes","interval":1}},'
-        b'"node_invalid":false,"node":true}'
+        b'{"schedule":{"tls_proc":{"query":"select * from processes","interval":1}},"node_invalid":false,"node":true}'
     )
     source = config_source_hash(messages.read_reply(body).members)
     assert source == "1c70dc4608ed9f8d8e24d23359a46e8739a93558"

@@ -6,6 +6,7 @@ import gzip
 import http.server
 import json
 import queue
+import signal
 import socket
 import ssl
 import subprocess
@@ -183,7 +184,9 @@ def test_headers_are_osqueryds_in_its_order(server: Server) -> None:
 
 
 def test_each_thread_keeps_its_connection(server: Server) -> None:
-    server.replies["config"] = {"schedule": {"q": {"query": "select days from uptime", "interval": 1, "snapshot": True}}}
+    server.replies["config"] = {
+        "schedule": {"q": {"query": "select days from uptime", "interval": 1, "snapshot": True}}
+    }
     done = lambda: len(server.calls("read")) >= 2 and len(server.calls("log")) >= 2  # noqa: E731
     run_until(server, done, server.options())
     assert len({seen.connection for seen in server.calls("read")}) == 1
@@ -260,7 +263,10 @@ def test_a_carve_arrives_whole(server: Server, tmp_path: Path) -> None:
 
 def test_a_restart_goes_on_with_the_same_key_and_the_logs_that_were_left(server: Server, tmp_path: Path) -> None:
     server.replies = {
-        "config": {"schedule": {"q": {"query": "select 1 as a", "interval": 1}}, "options": {"schedule_splay_percent": 0}},
+        "config": {
+            "schedule": {"q": {"query": "select 1 as a", "interval": 1}},
+            "options": {"schedule_splay_percent": 0},
+        },
         "log": {"error": "not now"},
     }
     options = server.options(state_dir=tmp_path / "state")
@@ -337,15 +343,17 @@ def test_stopping_in_the_middle_of_a_query_is_quick(server: Server) -> None:
 
 def test_a_refused_enrollment_ends_with_the_reason(server: Server) -> None:
     server.replies["enroll"] = {"error": "unknown secret"}
-    with pytest.raises(EnrollmentFailed, match=r"cannot enroll at https://localhost:\d+/.*: Request failed: unknown secret"):
-        run_until(server, lambda: False, server.options(flags={"tls_enroll_max_attempts": "1"}))
+    with pytest.raises(
+        EnrollmentFailed, match=r"cannot enroll at https://localhost:\d+/.*: Request failed: unknown secret"
+    ):
+        trio.run(run_agent, server.options(flags={"tls_enroll_max_attempts": "1"}))
 
 
 def test_a_server_of_another_ca_is_named_as_such(server: Server, tmp_path: Path) -> None:
     trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
     options = server.options(server_certs=tmp_path / "other.pem", flags={"tls_enroll_max_attempts": "1"})
     with pytest.raises(EnrollmentFailed, match="unable to get local issuer certificate|self.signed certificate"):
-        run_until(server, lambda: False, options)
+        trio.run(run_agent, options)
 
 
 def test_an_unreadable_ca_is_a_clear_error(tmp_path: Path) -> None:
@@ -382,7 +390,9 @@ def answer_with(ca: trustme.CA, raw: bytes) -> str:
 
     async def main() -> str:
         async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(lambda task_status: trio.serve_tcp(serve, 0, host="127.0.0.1", task_status=task_status))
+            listeners = await nursery.start(
+                lambda task_status: trio.serve_tcp(serve, 0, host="127.0.0.1", task_status=task_status)
+            )
             channel = Channel(f"localhost:{listeners[0].socket.getsockname()[1]}", trusting)
             try:
                 found = (await channel.post("/x", b"{}")).decode()
@@ -443,3 +453,27 @@ def test_importing_the_runner_leaves_heavy_libraries_alone() -> None:
         "print([name for name in ('apsw', 'psutil', 'zstandard', 'cryptography', 'quart') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# -- the verb ----------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_runs_until_it_is_interrupted(server: Server) -> None:
+    command = [sys.executable, "-m", "osqbox", "agent", "--tls-hostname", server.hostname, "--ca", str(server.ca_file)]
+    given = ["--enroll-secret", "s", "--host-identifier", "my-laptop", "--json"]
+    with subprocess.Popen([*command, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        first = json.loads(agent.stdout.readline())
+        agent.send_signal(signal.SIGINT)
+        _, errors = agent.communicate(timeout=TIMEOUT_S)
+    assert first == {"event": "enrolled", "host_identifier": "my-laptop", "enrollments": 1}
+    assert (agent.returncode, errors) == (0, "")
+
+
+def test_the_verb_says_what_is_wrong(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "osqbox", "agent", "--tls-hostname", "x:1", "--ca", str(tmp_path / "no.pem")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 3
+    assert "cannot use the certificates" in done.stderr
+    assert "try: " in done.stderr
+    assert "Traceback" not in done.stderr

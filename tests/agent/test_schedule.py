@@ -84,7 +84,8 @@ def test_platforms(platform: str, included: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "included"), [("", True), ("5.23.1", True), ("5.9", True), ("5.24", False), ("5.23.2", False), ("6", False)]
+    ("wanted", "included"),
+    [("", True), ("5.23.1", True), ("5.9", True), ("5.24", False), ("5.23.2", False), ("6", False)],
 )
 def test_versions_are_compared_number_by_number(wanted: str, included: bool) -> None:
     assert schedule.version_at_least(wanted, "5.23.1") is included
@@ -117,7 +118,9 @@ def test_the_next_due_second_is_the_first_that_the_interval_divides(splayed_s: i
 
 
 def test_decorators_and_their_intervals() -> None:
-    config, warnings = read({"decorators": {"load": ["a", 1], "always": "b", "interval": {"60": ["c"], "61": ["d"], "x": []}}})
+    config, warnings = read(
+        {"decorators": {"load": ["a", 1], "always": "b", "interval": {"60": ["c"], "61": ["d"], "x": []}}}
+    )
     assert config.decorators.load == ("a",)
     assert config.decorators.always == ("b",)
     assert config.decorators.interval == {60: ("c",)}

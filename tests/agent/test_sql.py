@@ -58,7 +58,9 @@ def test_every_table_and_alias_can_be_selected_from(name: str) -> None:
 
 
 def test_columns_come_in_select_order_and_as_text(engine: Engine) -> None:
-    result = engine.query("select name, pid, path, 1.0 as one, null as empty, x'6869' as blob from processes where pid=7")
+    result = engine.query(
+        "select name, pid, path, 1.0 as one, null as empty, x'6869' as blob from processes where pid=7"
+    )
     assert result.columns == ("name", "pid", "path", "one", "empty", "blob")
     assert list(result.rows[0].items()) == [
         ("name", "p7"), ("pid", "7"), ("path", ""), ("one", "1.0"), ("empty", ""), ("blob", "hi"),
@@ -154,7 +156,9 @@ def test_lookups_agree_with_a_plain_table(engine: Engine, condition: str) -> Non
 
 def test_a_runaway_query_is_stopped(engine: Engine) -> None:
     started = time.monotonic()
-    result = engine.query("with recursive c(x) as (select 1 union all select x+1 from c) select x from c where x < 0", timeout_s=0.1)
+    result = engine.query(
+        "with recursive c(x) as (select 1 union all select x+1 from c) select x from c where x < 0", timeout_s=0.1
+    )
     assert result.status == 1
     assert result.message == "interrupted: the query ran longer than 0.1 s"
     assert time.monotonic() - started < 2
@@ -245,6 +249,8 @@ def test_one_engine_serves_many_hosts_and_threads(engine: Engine) -> None:
 
 
 def test_statistics_are_measured(engine: Engine) -> None:
-    result = engine.query("with recursive c(x) as (select 1 union all select x+1 from c limit 200000) select count(*) from c")
+    result = engine.query(
+        "with recursive c(x) as (select 1 union all select x+1 from c limit 200000) select count(*) from c"
+    )
     assert result.stats.wall_time_ms > 0
     assert result.stats.wall_time_ms < 60_000

@@ -240,10 +240,11 @@ def test_a_body_larger_than_16_mib_is_refused(rig):
             assert named.status_code == 413
             assert isinstance(named.json()["error"], str)
 
-            async def chunks():
-                for _ in range(17):
-                    yield b" " * (1 << 20)
+        async def chunks():
+            for _ in range(17):
+                yield b" " * (1 << 20)
 
+        async with box.served() as client:
             counted = await client.put("/api/v1/configs/a", content=chunks(), headers=JSON)
             assert counted.status_code == 413
             assert isinstance(counted.json()["error"], str)
