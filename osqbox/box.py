@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import trio
@@ -27,7 +27,7 @@ from osqbox.exchange import Peer
 from osqbox.feed import Feed
 from osqbox.flagfile import flagfile
 from osqbox.identity import Identity, Snapshot, snapshot
-from osqbox.listen import Limits, Listener, probe_tls_minimum, rotate_certificate, server_context
+from osqbox.listen import ASGIApp, Limits, Listener, probe_tls_minimum, rotate_certificate, server_context
 from osqbox.operator.app import Parts, make_app
 from osqbox.osquery import nodes
 from osqbox.osquery.presence import Presence
@@ -325,7 +325,8 @@ def _operator_listener(box: Box) -> Listener:
         new_id=new_id,
         new_key=new_key,
     )
-    return Listener("operator", app=make_app(parts), limits=Limits())
+    # Hypercorn's own types name more kinds of messages than ASGI has; ours say only that they are mappings.
+    return Listener("operator", app=cast("ASGIApp", make_app(parts)), limits=Limits())
 
 
 def _write_handouts(box: Box) -> None:

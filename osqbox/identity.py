@@ -14,7 +14,7 @@ import secrets
 import shlex
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -30,16 +30,14 @@ LOCK_POLL_S = 0.02
 LOCK_WAIT_S = 30.0
 """Far longer than making eight RSA keys takes on a slow machine."""
 
-LASTING = ("ca.pem", "ca.key", "client-ca.pem", "client-ca.key")
-"""What cannot be made anew without breaking the agents and clients that trust it."""
+CLIENTS = "clients"
+"""Directory of the client certificates issued by name."""
+CRL_FILE = "client-ca.crl"
+ISSUED_FILE = "issued.json"
 EXAMINED = (
-    *LASTING,
-    "server.pem",
-    "server.key",
-    "client.pem",
-    "client.key",
-    "client-ca.crl",
-    "issued.json",
+    *(f"{stem}.{suffix}" for stem in ("ca", "client-ca", "server", "client") for suffix in ("pem", "key")),
+    CRL_FILE,
+    ISSUED_FILE,
 )
 """Files whose hashes ``identity.json`` vouches for."""
 SECRET_FILE = "enroll_secret"  # noqa: S105 - a file name
@@ -57,12 +55,12 @@ class Identity:
     """What agents trust; None when the user's own server certificate comes from a CA outside the file."""
     server_cert: Path
     server_key: Path
-    client_ca: Path | None
-    client_ca_key: Path | None
-    client_cert: Path | None
-    client_key: Path | None
-    crl: Path | None
-    enroll_secret_file: Path | None
+    client_ca: Path | None = None
+    client_ca_key: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+    crl: Path | None = None
+    enroll_secret_file: Path | None = None
     notes: tuple[str, ...] = ()
     """What was renewed, repaired or is about to need a hand: one sentence each."""
 
@@ -83,7 +81,7 @@ class Identity:
             client_ca_key=present("client-ca.key"),
             client_cert=present("client.pem"),
             client_key=present("client.key"),
-            crl=present("client-ca.crl"),
+            crl=present(CRL_FILE),
             enroll_secret_file=directory / SECRET_FILE,
             notes=tuple(notes),
         )
@@ -104,23 +102,20 @@ class Identity:
         Raises BadSetup for what would fail at the first handshake: unreadable or encrypted files, a key that
         does not belong to the certificate, dates, a certificate not meant for servers, a CA that is none.
         """
-        from osqbox import certs
+        from osqbox.certs.facts import anchor_in, examine_own
 
-        notes = certs.examine_own(tls_cert, tls_key, client_ca, crl, now=now)
-        # A client CA of one's own goes without our CRL and client certificate: both belong to the other CA.
-        ours = base if client_ca is None else None
-        return cls(
-            directory=base.directory if base else None,
-            ca=base.ca if base and base.server_cert == tls_cert else certs.anchor_in(tls_cert),
+        notes = examine_own(tls_cert, tls_key, client_ca, crl, now=now)
+        found = base or cls(None, None, tls_cert, tls_key)
+        if client_ca is not None:
+            # Our CRL and client certificate belong to our client CA, and go with it.
+            found = replace(found, client_ca=client_ca, client_ca_key=None, client_cert=None, client_key=None, crl=None)
+        return replace(
+            found,
+            ca=found.ca if base and found.server_cert == tls_cert else anchor_in(tls_cert),
             server_cert=tls_cert,
             server_key=tls_key,
-            client_ca=client_ca or (ours.client_ca if ours else None),
-            client_ca_key=ours.client_ca_key if ours else None,
-            client_cert=ours.client_cert if ours else None,
-            client_key=ours.client_key if ours else None,
-            crl=crl or (ours.crl if ours else None),
-            enroll_secret_file=base.enroll_secret_file if base else None,
-            notes=(*(base.notes if base else ()), *notes),
+            crl=crl or found.crl,
+            notes=(*found.notes, *notes),
         )
 
     def enroll_secret(self) -> str:
@@ -128,6 +123,14 @@ class Identity:
         if self.enroll_secret_file is None:
             raise BadSetup("this identity has no enroll secret file: give one with --enroll-secret-file")
         return read_secret(self.enroll_secret_file)
+
+
+def existing_identity(directory: Path) -> Identity:
+    """The identity in a directory as it is, healthy or not; BadSetup if there is none."""
+    if not exists(directory / "client-ca.pem") or not exists(directory / "ca.pem"):
+        hint = shell("osqbox", "serve", "--certs", directory)
+        raise BadSetup(f"{directory}: expected the certificates of a box, found none", hint)
+    return Identity.in_directory(directory)
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -228,7 +231,7 @@ def read_secret(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise BadSetup(f"{path}: expected an enroll secret in UTF-8, got other bytes") from error
     if not secret:
-        raise BadSetup(f"{path}: expected an enroll secret, got an empty file", f"rm {shlex.quote(str(path))}")
+        raise BadSetup(f"{path}: expected an enroll secret, got an empty file", shell("rm", path))
     return secret
 
 
@@ -240,11 +243,16 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         raise BadSetup(
             f"{path}: cannot be read by uid {os.geteuid()}: {error.strerror}",
-            f"ls -l {shlex.quote(str(path))}",
+            shell("ls", "-l", path),
         ) from error
     if len(content) > READ_LIMIT_BYTES:
         raise BadSetup(f"{path}: expected at most {READ_LIMIT_BYTES} bytes, got more")
     return content
+
+
+def shell(*words: str | Path) -> str:
+    """A command line to paste."""
+    return shlex.join(map(str, words))
 
 
 class Unwritable(BadSetup):
@@ -296,12 +304,12 @@ def _wait_for_lock(descriptor: int, directory: Path) -> None:
         else:
             return
     lock = directory / LOCK_FILE
-    raise BadSetup(f"{lock}: another process has held it for {LOCK_WAIT_S:.0f} s", f"fuser -v {shlex.quote(str(lock))}")
+    raise BadSetup(f"{lock}: another process has held it for {LOCK_WAIT_S:.0f} s", shell("fuser", "-v", lock))
 
 
 def _sweep(directory: Path) -> None:
     """Remove what a crash left half-written."""
-    for folder in (directory, directory / "clients"):
+    for folder in (directory, directory / CLIENTS):
         for stale in folder.glob(TEMPORARY):
             with suppress(OSError):
                 stale.unlink()

@@ -135,7 +135,7 @@ def _living(lock: Path) -> RunningBox | None:
                 return None
         facts = json.loads(entry.read_text())
         return RunningBox(facts["pid"], facts["state"], Path(facts["data"]), facts["started_at"], facts["ready"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

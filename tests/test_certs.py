@@ -33,6 +33,9 @@ from osqbox.certs import (
     describe,
     ensure_identity,
     issue_client,
+    making,
+    mending,
+    reading,
     renew,
     revoke,
     revoked_serials,
@@ -201,11 +204,11 @@ def test_a_client_certificate_does_not_pass_as_a_server(made: Identity) -> None:
 
 def test_the_server_ca_cannot_vouch_for_clients_nor_the_client_ca_for_servers(made: Identity) -> None:
     """Each CA carries its one usage, so that even a stolen CA key signs nothing of the other kind."""
-    for stem, usage, trusts in (("ca", certs.CLIENT_AUTH, "client"), ("client-ca", certs.SERVER_AUTH, "server")):
-        authority = certs._load_authority(home(made), stem)
-        key, cert = certs._leaf(authority, "x", [x509.DNSName("localhost")], usage, "ec", NOW, DAY_S)
+    for stem, usage, trusts in (("ca", making.CLIENT_AUTH, "client"), ("client-ca", making.SERVER_AUTH, "server")):
+        authority = reading.load_authority(home(made), stem)
+        key, cert = making.make_leaf(authority, "x", [x509.DNSName("localhost")], usage, NOW, DAY_S)
         forged = home(made).parent / f"forged-{stem}.pem"
-        forged.write_bytes(certs._key_pem(key) + certs._cert_pem(cert))
+        forged.write_bytes(making.key_pem(key) + making.cert_pem(cert))
         trusted = home(made) / f"{stem}.pem"
         if trusts == "client":
             server, client = server_context(made, client_ca=trusted), client_context(known(made.ca), forged)
@@ -325,7 +328,7 @@ def test_the_server_certificate_says_what_it_should(made: Identity) -> None:
     assert {"localhost", socket.gethostname().lower()} <= set(names.get_values_for_type(x509.DNSName))
     assert {str(ip) for ip in names.get_values_for_type(x509.IPAddress)} == {"127.0.0.1", "::1"}
     usage = cert.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert list(usage) == [x509.ObjectIdentifier(certs.SERVER_AUTH)]
+    assert list(usage) == [making.SERVER_AUTH]
     assert cert.extensions.get_extension_for_class(x509.KeyUsage).critical
     assert cert.extensions.get_extension_for_class(x509.BasicConstraints).critical
     days = (cert.not_valid_after_utc - cert.not_valid_before_utc).total_seconds() / DAY_S
@@ -538,13 +541,13 @@ def test_a_ca_near_its_end_is_extended_with_the_same_key(fresh: Identity) -> Non
 
 def test_a_ca_signed_by_another_one_is_used_but_never_extended(tmp_path: Path) -> None:
     """A company's intermediate, given to the box: self-signing it would make a CA that nobody trusts."""
-    root, middle = certs._new_key("ec"), certs._new_key("rsa")
+    root, middle = making.new_key("ec"), making.new_key("rsa")
     extensions: list[tuple[x509.ExtensionType, bool]] = [(x509.BasicConstraints(ca=True, path_length=None), True)]
-    names = certs._common_name("middle"), certs._common_name("root")
+    names = making.common_name("middle"), making.common_name("root")
     ends = NOW + 50 * DAY_S
-    given = certs._sign(names[0], middle.public_key(), extensions, names[1], root, NOW, ends)
-    (tmp_path / "ca.pem").write_bytes(certs._cert_pem(given))
-    identity.write_files(tmp_path, {"ca.key": certs._key_pem(middle)})
+    given = making.sign(names[0], middle.public_key(), extensions, names[1], root, NOW, ends)
+    (tmp_path / "ca.pem").write_bytes(making.cert_pem(given))
+    identity.write_files(tmp_path, {"ca.key": making.key_pem(middle)})
     assert load(ensure_identity(tmp_path, now=NOW).server_cert).issuer == given.subject
     near = ensure_identity(tmp_path, now=NOW + 40 * DAY_S)
     assert any("ca.pem expires in 10 days: only whoever signed it can renew it" in note for note in near.notes)
@@ -788,7 +791,7 @@ def test_a_revocation_cut_short_by_a_crash_is_completed(fresh: Identity, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(certs, "_write_crl", crash)
+        patch.setattr(making, "write_crl", crash)
         with pytest.raises(KeyboardInterrupt):
             revoke(home(fresh), "client", now=NOW)
     ensure_identity(home(fresh), now=NOW)
@@ -857,7 +860,8 @@ def test_a_crash_at_any_step_of_the_first_run_is_mended(
         write(target, files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(certs, "write_files", dying)
+        for module in (making, mending):
+            patch.setattr(module, "write_files", dying)
         with pytest.raises(KeyboardInterrupt):
             ensure_identity(directory, now=NOW)
     found = ensure_identity(directory, now=NOW)

@@ -67,7 +67,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 def curl(ready: dict[str, Any], path: str, body: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        ["curl", "-sS", "--max-time", "20", "--cacert", ready["ca"], f"{ready['agents']}{path}", "-d", json.dumps(body)],
+        ["curl", "-sS", "-m", "20", "--cacert", ready["ca"], f"{ready['agents']}{path}", "-d", json.dumps(body)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -80,8 +80,8 @@ def test_serve_tells_where_it_is_and_stops_on_sigterm(machine: Machine) -> None:
     process, ready = machine.serve(*FREE, "--ready-file", str(ready_file))
     assert json.loads(ready_file.read_text()) == ready
     assert ready_file.stat().st_mode & 0o777 == 0o600
-    documented = "pid version data agents operator comms jobs comms_socket token ca client_cert client_key".split()
-    assert set(ready) >= {*documented, "enroll_secret", "flagfile"}
+    documented = "pid version data agents operator comms jobs comms_socket token ca client_cert client_key"
+    assert set(ready) >= {*documented.split(" "), "enroll_secret", "flagfile"}
     assert ready["pid"] == process.pid
     for name in ("ca", "client_cert", "client_key", "flagfile", "data"):
         assert Path(ready[name]).exists(), name

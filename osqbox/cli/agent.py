@@ -75,20 +75,21 @@ def command(tls_hostname: str | None, ca: Path | None, enroll_secret: str | None
         elif kind in _TOLD:
             tell(_TOLD[kind].format(**{name: printable(value) for name, value in facts.items()}))
 
-    async def run() -> OsqboxError | None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, trio.CancelScope() as scope:
+    failure: list[OsqboxError] = []
+
+    async def run() -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_on, signals, scope)
+                nursery.start_soon(_cancel_on, signals, nursery.cancel_scope)
                 try:
                     await run_agent(agent, on_event=on_event)
                 except OsqboxError as error:  # kept out of the nursery's exception group
-                    scope.cancel()
-                    return error
-        return None
+                    failure.append(error)
+                    nursery.cancel_scope.cancel()
 
-    failed = trio.run(run)
-    if failed is not None:
-        raise failed
+    trio.run(run)
+    if failure:
+        raise failure[0]
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from osqbox.clock import SystemClock, rfc3339
+
+from .output import json_option, print_json, printable, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,9 +37,6 @@ def _default_directory() -> Path:
     return default_certs_dir()
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-
-
 @click.group("certs")
 def command() -> None:
     """Certificates: the CA, the server's, the clients', or your own."""
@@ -49,7 +47,7 @@ def command() -> None:
 @click.option("--tls-cert", type=_PATH, help="Examine your own server certificate instead; needs --tls-key.")
 @click.option("--tls-key", type=_PATH, help="Key of --tls-cert.")
 @click.option("--client-ca", type=_PATH, help="Your own client CA, together with --tls-cert.")
-@_json_option
+@json_option
 def show(directory: Path, tls_cert: Path | None, tls_key: Path | None, client_ca: Path | None, as_json: bool) -> None:
     """What is there, for whom, and until when."""
     from osqbox.certs import describe, revoked_serials, serial_text
@@ -59,7 +57,7 @@ def show(directory: Path, tls_cert: Path | None, tls_key: Path | None, client_ca
     facts = describe(identity, now)
     if as_json:
         revoked = sorted(serial_text(serial) for serial in revoked_serials(identity))
-        _print_json(
+        print_json(
             {
                 "directory": str(identity.directory) if identity.directory else None,
                 "certificates": [_facts_json(each) for each in facts],
@@ -71,7 +69,7 @@ def show(directory: Path, tls_cert: Path | None, tls_key: Path | None, client_ca
     for each in facts:
         click.echo(_facts_text(each))
     for note in identity.notes:
-        click.echo(_printable(note), err=True)
+        tell(printable(note))
 
 
 def _identity(
@@ -97,7 +95,7 @@ def _identity(
 @click.option("--days", type=int, default=397, show_default=True, help="How long it is valid.")
 @click.option("--out", type=_PATH, metavar="DIR", help="Write there, with a copy of the CA, not to DIR/clients.")
 @_certs_option
-@_json_option
+@json_option
 def client(
     name: str,
     tenant: str,
@@ -123,7 +121,7 @@ def client(
     )
     paths = {"cert": str(cert), "key": str(key), "ca": str(ca)}
     if as_json:
-        _print_json(paths)
+        print_json(paths)
         return
     for word, path in paths.items():
         click.echo(f"{word:4} {path}")
@@ -132,14 +130,14 @@ def client(
 @command.command()
 @click.argument("which", nargs=-1, metavar="[server|client|all|NAME]...")
 @_certs_option
-@_json_option
+@json_option
 def renew(which: tuple[str, ...], directory: Path, as_json: bool) -> None:
     """New keys and certificates; the server's if nothing is named. A running box follows by itself."""
     from osqbox.certs import renew
 
     changed = [str(path) for path in renew(directory, which or ("server",), now=SystemClock().now())]
     if as_json:
-        _print_json({"renewed": changed})
+        print_json({"renewed": changed})
         return
     for path in changed:
         click.echo(path)
@@ -148,7 +146,7 @@ def renew(which: tuple[str, ...], directory: Path, as_json: bool) -> None:
 @command.command()
 @click.argument("what", metavar="NAME|SERIAL|FILE")
 @_certs_option
-@_json_option
+@json_option
 def revoke(what: str, directory: Path, as_json: bool) -> None:
     """Refuse a client from now on: all certificates of a name, one serial number, or the one in a file."""
     from osqbox.certs import revoke, serial_text
@@ -156,7 +154,7 @@ def revoke(what: str, directory: Path, as_json: bool) -> None:
     serials = [serial_text(serial) for serial in revoke(directory, what, now=SystemClock().now())]
     crl = str(directory / "client-ca.crl")
     if as_json:
-        _print_json({"revoked": serials, "crl": crl})
+        print_json({"revoked": serials, "crl": crl})
         return
     for serial in serials:
         click.echo(f"revoked {serial} in {crl}")
@@ -177,13 +175,4 @@ def _facts_text(facts: CertificateFacts) -> str:
         f"  serial {facts.serial}",
         f"  sha256 {facts.sha256}",
     ]
-    return "\n".join(map(_printable, lines))
-
-
-def _printable(text: str) -> str:
-    """A foreign certificate's words cannot steer the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2))
+    return "\n".join(map(printable, lines))

@@ -152,8 +152,9 @@ def _from_file(path: Path) -> dict[str, Any]:
     from osqbox.osquery.sources import load_source
 
     source = load_source(path)
-    given = {kind: list(names) for kind in KINDS if (names := getattr(source.target, kind))}
-    return {"content": source.content, "target": given, "priority": source.priority or None}
+    target = {kind: list(names) for kind in KINDS if (names := getattr(source.target, kind))}
+    more = {"target": target, "priority": source.priority}
+    return {"content": source.content, **{name: value for name, value in more.items() if value}}
 
 
 def _body(source: dict[str, Any], target: dict[str, Any], priority: int | None, note: str | None) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _body(source: dict[str, Any], target: dict[str, Any], priority: int | None, 
     asked = {kind: list(names) for kind, names in target.items() if names}
     more: dict[str, Any] = {"target": asked} if asked else {}
     more |= {name: value for name, value in (("priority", priority), ("note", note)) if value is not None}
-    return {name: value for name, value in (source | more).items() if name == "content" or value}
+    return source | more
 
 
 @command.command()

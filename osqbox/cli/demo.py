@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,7 +62,7 @@ async def run_local_agents(box: Box, count: int, *, task_status: trio.TaskStatus
     ready = box.ready()
     enrolled = trio.Semaphore(0)
 
-    def on_event(kind: str, _facts: dict[str, Any]) -> None:
+    def on_event(kind: str, _facts: Mapping[str, Any]) -> None:
         if kind == "enrolled":
             enrolled.release()
 
@@ -72,14 +73,11 @@ async def run_local_agents(box: Box, count: int, *, task_status: trio.TaskStatus
                 server_certs=Path(ready["ca"]),
                 enroll_secret=ready["enroll_secret"],
                 distributed_interval=1,
-                **({"host_identifier": "specified", "specified_identifier": f"agent-{index + 1}"} if count > 1 else {}),
+                host_identifier="hostname" if count == 1 else "specified",
+                specified_identifier=f"agent-{index + 1}",
             )
-            nursery.start_soon(_run_agent, run_agent, agent, on_event)
+            nursery.start_soon(partial(run_agent, agent, on_event=on_event))
         with trio.move_on_after(ENROLL_WAIT_S):
             for _ in range(count):
                 await enrolled.acquire()
         task_status.started()
-
-
-async def _run_agent(run_agent: Any, options: Any, on_event: Callable[[str, dict[str, Any]], None]) -> None:
-    await run_agent(options, on_event=on_event)

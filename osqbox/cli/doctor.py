@@ -299,6 +299,11 @@ def _diagnose(name: str, error: Exception, ready: dict[str, Any], host: str, por
             return failed(f"the certificate is not for {host!r}", f"osqbox serve --host {host}, or osqbox certs show")
         case ssl.SSLCertVerificationError(verify_message=message):
             return failed(f"{ready.get('ca')} does not vouch for the certificate: {message}", "osqbox flags")
+        case ConnectionResetError() | BrokenPipeError() | ssl.SSLEOFError():
+            # The alert that says so may be lost with the reset.
+            return failed(
+                "the connection is closed at once: perhaps a client certificate is wanted", "osqbox flags --client-cert"
+            )
         case ssl.SSLError() if "certificate required" in str(error).lower().replace("_", " "):
             return failed("the box wants a client certificate", "osqbox flags --client-cert")
         case ssl.SSLError():

@@ -166,8 +166,8 @@ def _ctrl_c_cancels(client: Client, path: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if cancelled:
-            raise click.exceptions.Exit(130)
+    if cancelled:
+        raise click.exceptions.Exit(130)
 
 
 class _JsonReport:
@@ -244,13 +244,8 @@ def _list(client: Client, as_json: bool) -> None:
 def _show(client: Client, wanted: str, as_json: bool) -> None:
     campaign = client.get(at("campaigns", wanted))
     report = _JsonReport() if as_json else _TextReport()
-    for account in _accounts(client, campaign["id"]):
+    for account in client.get(at("campaigns", campaign["id"], "results"), after=0):
         report.add(account)
     for target in campaign.get("open") or ():
         report.add({**target, "rows": [], "message": "not answered yet"})
     report.end(campaign["summary"])
-
-
-def _accounts(client: Client, campaign: str) -> Iterator[dict[str, Any]]:
-    """How targets have ended so far."""
-    yield from client.get(at("campaigns", campaign, "results"), after=0)

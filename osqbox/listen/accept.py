@@ -116,20 +116,29 @@ class Listener:
     # running
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `drain` or `stop_accepting` and the last connection. Started when the application is."""
+        """Serve until `drain`, or `stop_accepting` and the last connection. Started when the application is.
+
+        Raises BadSetup when that says that it cannot start.
+        """
         lifespan = Lifespan(self._app, self.name, self.limits)
         try:
             async with trio.open_nursery() as outer:
                 await lifespan.start(outer)
-                async with trio.open_nursery() as self._nursery:
-                    task_status.started()
-                    with self._accepting:
-                        async with trio.open_nursery() as acceptors:
-                            for sock in self._sockets:
-                                acceptors.start_soon(self._accept, trio.SocketListener(sock), self._nursery)
-                await lifespan.stop()
+                if lifespan.failure is None:
+                    await self._serve_until_stopped(task_status)
+                    await lifespan.stop()
+            if lifespan.failure is not None:  # raised out here, where it is in no exception group
+                raise BadSetup(f"{self.name}: the application cannot start: {lifespan.failure}")
         finally:
             self.stop_accepting()
+
+    async def _serve_until_stopped(self, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            with self._accepting:
+                async with trio.open_nursery() as acceptors:
+                    for sock in self._sockets:
+                        acceptors.start_soon(self._accept, trio.SocketListener(sock), self._nursery)
 
     def stop_accepting(self) -> None:
         """Close the listening sockets. Open connections are served on."""
@@ -149,6 +158,8 @@ class Listener:
             connection.retire()
         if await self._is_empty_within(self.limits.drain_timeout_s):
             return
+        for connection in self._connections:
+            connection.gone = True  # or Hypercorn answers 500 for what is cancelled
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
         if await self._is_empty_within(self.limits.close_timeout_s):

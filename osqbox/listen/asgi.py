@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import trio
 
-from osqbox.errors import BadSetup, Refused
+from osqbox.errors import Refused
 from osqbox.exchange import Handler, Request, Response
 
 from .connection import Connection, Limits, current_connection
@@ -273,14 +273,12 @@ class Lifespan:
         self._ready = trio.Event()
         self._stop = trio.Event()
         self._ended = trio.Event()
-        self._failure: str | None = None
+        self.failure: str | None = None
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Returns when the application is ready; raises BadSetup when it says that it cannot start."""
+        """Returns when the application is ready, or has told its ``failure``."""
         nursery.start_soon(self._run)
         await self._ready.wait()
-        if self._failure is not None:
-            raise BadSetup(f"{self._name}: the application cannot start: {self._failure}")
 
     async def stop(self) -> None:
         """Let the application shut down, within the time that requests get to drain."""
@@ -317,7 +315,7 @@ class Lifespan:
         if kind == "lifespan.startup.complete":
             self._ready.set()
         elif kind == "lifespan.startup.failed":
-            self._failure = text or "no reason given"
+            self.failure = text or "no reason given"
             self._scope.cancel()
         elif kind == "lifespan.shutdown.complete":
             self._ended.set()

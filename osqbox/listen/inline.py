@@ -76,7 +76,7 @@ class Inline:
         try:
             with connection.scope:
                 return await self._converse()
-            refusal = _TOO_SLOW.get(self._stage) if not connection.whole.cancel_called else None
+            refusal = _TOO_SLOW.get(self._stage)
         except Refused as refused:
             refusal = refused
         except GONE:

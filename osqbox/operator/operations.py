@@ -71,10 +71,8 @@ def operation(
 
     def decorate(handler: Handler) -> Handler:
         @wraps(handler)
-        async def run(**words: Any) -> TrioResponse:
-            arguments: dict[str, Any] = {
-                name: word.replace(SLASH, "/") if isinstance(word, str) else word for name, word in words.items()
-            }
+        async def run(**words: str) -> TrioResponse:
+            arguments: dict[str, Any] = {name: word.replace(SLASH, "/") for name, word in words.items()}
             if query is not None:
                 arguments["query"] = _parse_query(query)
             if body is not None:

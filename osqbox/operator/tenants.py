@@ -11,6 +11,7 @@ from quart import Blueprint
 from quart_trio.wrappers import TrioResponse
 
 from osqbox import tenants
+from osqbox.errors import BadUsage
 from osqbox.osquery import campaigns, nodes
 from osqbox.osquery.nodes import Selector
 from osqbox.store import Tx
@@ -177,12 +178,16 @@ def _add_secrets(routes: Blueprint, parts: Parts) -> None:
         secret = body.secret or parts.new_key()
         return answered(await parts.store.write(lambda tx: _add_secret(tx, name, body, secret)), 201)
 
-    @routes.delete("/tenants/<name>/secrets/<int:number>")
+    @routes.delete("/tenants/<name>/secrets/<number>")
     @operation(RemovedSecret)
-    async def remove_secret(name: str, number: int) -> TrioResponse:
+    async def remove_secret(name: str, number: str) -> TrioResponse:
         """Remove an enroll secret."""
-        await parts.store.write(lambda tx: tenants.remove_secret(tx, name, number))
-        return answered(RemovedSecret(deleted=number))
+        if not (number.isascii() and number.isdigit()):
+            raise BadUsage(
+                f"secret: expected its id, a number, got {number[:40]!r}", hint=f"osqbox tenants secrets {name}"
+            )
+        await parts.store.write(lambda tx: tenants.remove_secret(tx, name, int(number)))
+        return answered(RemovedSecret(deleted=int(number)))
 
 
 def _secrets(db: sqlite3.Connection, name: str) -> list[dict[str, Any]]:

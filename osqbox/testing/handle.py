@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ class Osqbox:
         from osqbox.cli.env import environment
 
         mine = {"enroll_secret": self.enroll_secret, "enroll_secret_file": str(self.enroll_secret_file)}
-        return environment({**self.server.ready, **mine, "flagfile": str(self.flagfile)})
+        found: dict[str, str] = environment({**self.server.ready, **mine, "flagfile": str(self.flagfile)})
+        return found
 
     def agent(self, hostname: str | None = None, *, timeout: float = ENROLL_TIMEOUT_S, **options: Any) -> AgentHandle:
         """Start an agent of this machine and return when it has enrolled. ``options`` are AgentOptions.
@@ -237,7 +239,7 @@ async def _wait(
         with trio.move_on_after(timeout_s):
             last = after
             while True:
-                for event in await store.read(lambda db, last=last: feed.events_after(db, last, tenant=tenant)):
+                for event in await store.read(partial(feed.events_after, seq=last, tenant=tenant)):
                     seen.append(event.kind)
                     last = event.seq
                     if fits(event):

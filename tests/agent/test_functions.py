@@ -18,7 +18,7 @@ ERRORS = [
     (lambda: f.in_cidr_block("10.0.0.0/8", "x"), "IP address cannot be parsed"),
     (lambda: f.in_cidr_block("10.0.0.0/99", "10.0.0.1"), "CIDR for IP address v4 cannot be parsed"),
     (lambda: f.version_compare("1"), "Must provide two version strings and an operator to compare."),
-    (lambda: f.concat_ws(), "Missing separator to concat_ws"),
+    (f.concat_ws, "Missing separator to concat_ws"),
 ]
 
 VALUES = [

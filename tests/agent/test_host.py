@@ -95,7 +95,8 @@ def test_users_and_groups(engine: Engine) -> None:
 def test_a_listening_socket_and_its_owner(engine: Engine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        sql = f"select l.address, l.protocol, l.family, p.pid from listening_ports l join processes p using (pid) where l.port = {port}"
+        columns = "l.address, l.protocol, l.family, p.pid"
+        sql = f"select {columns} from listening_ports l join processes p using (pid) where l.port = {port}"
         assert ask(engine, sql) == [{"address": "127.0.0.1", "protocol": "6", "family": "2", "pid": str(os.getpid())}]
         sockets = ask(
             engine, f"select state, fd from process_open_sockets where pid = {os.getpid()} and local_port = {port}"

@@ -32,7 +32,8 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_newest_box_is_found(tmp_path: Path) -> None:
     """One that is stopping is not."""
-    boxes = [register(tmp_path, name, at, ready(f"http://h:{at:.0f}")) for name, at in (("a", 1.0), ("b", 3.0), ("c", 2.0))]  # fmt: skip
+    ages = {"a": 1.0, "b": 3.0, "c": 2.0}
+    boxes = [register(tmp_path, name, at, ready(f"http://h:{at:.0f}")) for name, at in ages.items()]
     try:
         assert find_box().client.url == "http://h:3"
         boxes[1].update("stopping", ready("http://h:3"))

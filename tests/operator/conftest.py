@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import msgspec
 import pytest
@@ -167,6 +168,72 @@ class Rig:
         ) as client:
             yield client
         await listener.drain()
+
+
+class Stream:
+    """An answer that is read as it comes, in lines."""
+
+    def __init__(self, transport: trio.SocketStream) -> None:
+        self._transport, self._protocol = transport, h11.Connection(h11.CLIENT)
+        self._text = b""
+        self.ended = False
+        self.headers: dict[str, str] = {}
+
+    async def open(self, client: httpx.AsyncClient, path: str, headers: dict[str, str]) -> None:
+        wanted = {"Host": client.base_url.netloc.decode(), "Authorization": f"Bearer {TOKEN}", **headers}
+        head = h11.Request(method="GET", target=path, headers=list(wanted.items()))
+        await self._transport.send_all(
+            (self._protocol.send(head) or b"") + (self._protocol.send(h11.EndOfMessage()) or b"")
+        )
+        response = await self._event()
+        assert isinstance(response, h11.Response)
+        assert response.status_code == 200
+        self.headers = {name.decode(): value.decode() for name, value in response.headers}
+
+    async def _event(self) -> Any:
+        while (event := self._protocol.next_event()) is h11.NEED_DATA:
+            self._protocol.receive_data(await self._transport.receive_some(65536))
+        return event
+
+    async def read(self) -> bytes:
+        """The next piece of the body, empty at its end. Raises h11.RemoteProtocolError when it breaks off."""
+        event = await self._event()
+        self.ended = isinstance(event, h11.EndOfMessage)
+        return b"" if self.ended else bytes(event.data)
+
+    async def line(self) -> str | None:
+        """The next line, None at the end."""
+        while b"\n" not in self._text:
+            if not (piece := await self.read()):
+                return None
+            self._text += piece
+        line, _, self._text = self._text.partition(b"\n")
+        return line.decode()
+
+    async def object(self) -> Any:
+        """The next line that is not blank, from JSON; None at the end."""
+        while (line := await self.line()) == "":
+            pass
+        return None if line is None else json.loads(line)
+
+    async def objects(self, count: int) -> list[Any]:
+        return [await self.object() for _ in range(count)]
+
+
+@asynccontextmanager
+async def streamed(
+    client: httpx.AsyncClient, path: str, headers: dict[str, str] | None = None
+) -> AsyncIterator[Stream]:
+    async with await trio.open_tcp_stream(client.base_url.host, client.base_url.port or 0) as transport:
+        stream = Stream(transport)
+        await stream.open(client, path, headers or {})
+        yield stream
+
+
+@pytest.fixture
+def stream() -> Any:
+    """``async with stream(client, path) as reader``: an answer read as it comes."""
+    return streamed
 
 
 def assert_shape(value: Any, shape: Any) -> None:

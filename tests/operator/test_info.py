@@ -57,7 +57,7 @@ def test_metrics_count_what_happened(rig):
         await box.send_log(node, {"name": "a", "action": "added"}, {"name": "b", "action": "added"})
         await box.post("/api/v1/campaigns", {"sql": "select 1", "nodes": ["web"]}, 201)
         box.parts.osquery.requests["config"] += 3
-        box.parts.osquery.count_refused("wrong_secret") if hasattr(box.parts.osquery, "count_refused") else None
+        box.parts.osquery.refused["wrong_secret"] += 1
         held = box.presence.hold(node.id)
         answered = await box.get("/metrics")
         box.presence.release(node.id, held)

@@ -7,6 +7,7 @@ from osqbox import tenants
 
 def test_a_tenant_is_created_with_a_secret_shown_once(rig):
     async def test(box):
+        box.clock.at += 1
         made = (await box.post("/api/v1/tenants", {"name": "blue", "approve": True}, 201)).json
         assert (made["name"], made["approve"], made["open"], made["closed_at"]) == ("blue", True, False, None)
         found = box.store.peek(lambda db: tenants.find_secret(db, [made["enroll_secret"]]))
@@ -89,6 +90,7 @@ def test_secrets_come_and_go(rig):
         await box.delete(f"/api/v1/tenants/default/secrets/{added['id']}")
         assert (await box.get("/api/v1/tenants/default/secrets")).json == []
         await box.delete(f"/api/v1/tenants/default/secrets/{added['id']}", 404)
+        await box.delete("/api/v1/tenants/default/secrets/first", 400)
         await box.get("/api/v1/tenants/none/secrets", 404)
         await box.post("/api/v1/tenants/none/secrets", {}, 404)
         for bad in ({"uses": 0}, {"expires_in_s": 0}, {"expires_in_s": 1e300}, {"secret": "x" * 1025}):
