@@ -61,9 +61,9 @@ def _private_temp_dir() -> Path:
     return directory
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
@@ -129,7 +129,7 @@ def _living(lock: Path) -> RunningBox | None:
     entry = lock.with_suffix(".json")
     try:
         with lock.open("r+") as file:
-            if _lock(file):
+            if _lock(file, fcntl.LOCK_SH):  # shared: two who look must not take each other for the box
                 entry.unlink(missing_ok=True)
                 lock.unlink(missing_ok=True)
                 return None

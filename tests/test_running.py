@@ -136,7 +136,10 @@ def test_an_unreadable_entry_is_passed_over(tmp_path: Path) -> None:
 def test_a_data_directory_has_one_box(tmp_path: Path, other: tuple[subprocess.Popen[str], Path]) -> None:
     """The refusal names the other process and what to type."""
     process, data = other
-    with pytest.raises(AddressInUse, match=rf"pid {process.pid} at http://127.0.0.1:1") as caught, locked_data_dir(data):
+    with (
+        pytest.raises(AddressInUse, match=rf"pid {process.pid} at http://127.0.0.1:1") as caught,
+        locked_data_dir(data),
+    ):
         pass
     assert "osqbox stop" in str(caught.value.hint)
     process.kill()
@@ -155,7 +158,10 @@ def test_a_data_directory_is_locked_within_one_process_too(tmp_path: Path) -> No
 
 def test_a_data_directory_that_is_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(BadSetup, match="cannot write to the data directory") as caught, locked_data_dir(tmp_path / "data"):
+    with (
+        pytest.raises(BadSetup, match="cannot write to the data directory") as caught,
+        locked_data_dir(tmp_path / "data"),
+    ):
         pass
     assert "--data" in str(caught.value.hint)
 
@@ -163,8 +169,13 @@ def test_a_data_directory_that_is_a_file_is_told(tmp_path: Path) -> None:
 def test_a_child_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     """Jobs outlive the box; the lock must not."""
     with locked_data_dir(tmp_path / "data"):
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+        child = subprocess.Popen(
+            [sys.executable, "-c", "print(flush=True); input()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False,
+        )  # fmt: skip
     try:
+        assert child.stdout is not None
+        child.stdout.readline()
         with locked_data_dir(tmp_path / "data"):
             pass
     finally:

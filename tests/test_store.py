@@ -246,7 +246,9 @@ def test_one_job_heavier_than_the_queue_is_still_taken(tmp_path: Path, monkeypat
     trio.run(main)
 
 
-def test_close_writes_what_is_queued_and_refuses_what_comes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_writes_what_is_queued_and_refuses_what_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those who still waited for room are refused, not forgotten."""
     monkeypatch.setattr(store_module, "QUEUE_JOBS", 3)
 
@@ -465,7 +467,9 @@ def test_migrations_are_applied_once_and_added_later(tmp_path: Path) -> None:
             nursery.start_soon(store.writer)
             try:
                 await store.write(lambda tx: tx.db.execute("INSERT INTO notes(text) VALUES (NULL)"))
-                tables = store.peek(lambda db: db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall())
+                tables = store.peek(
+                    lambda db: db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+                )
                 return [name for (name,) in tables]
             finally:
                 await store.aclose()

@@ -126,16 +126,14 @@ class Channel:
     async def _receive(
         self, stream: trio.SSLStream[trio.SocketStream], connection: h11.Connection
     ) -> tuple[int, str, bytes]:
-        status, location, closing, pieces, size = 0, "", False, list[bytes](), 0
+        status, location, pieces, size = 0, "", list[bytes](), 0
         while True:
             event = connection.next_event()
             if event is h11.NEED_DATA:
                 connection.receive_data(bytes(await stream.receive_some(_CHUNK_BYTES)))
             elif isinstance(event, h11.Response):
                 status = event.status_code
-                headers = dict(event.headers)
-                location = headers.get(b"location", b"").decode("latin-1")
-                closing = headers.get(b"connection", b"") == b"close"
+                location = dict(event.headers).get(b"location", b"").decode("latin-1")
             elif isinstance(event, h11.Data):
                 size += len(event.data)
                 if size > REPLY_MAX_BYTES:
@@ -145,7 +143,7 @@ class Channel:
                 break
             elif isinstance(event, h11.ConnectionClosed):
                 raise _Broken("partial message")
-        if closing or connection.their_state is not h11.DONE or connection.our_state is not h11.DONE:
+        if connection.their_state is not h11.DONE or connection.our_state is not h11.DONE:
             await self.aclose()
         else:
             connection.start_next_cycle()

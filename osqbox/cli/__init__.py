@@ -72,15 +72,21 @@ def main(argv: list[str] | None = None) -> int:
         wrong.show()
         return wrong.exit_code
     except UserError as error:
-        print(f"osqbox: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"try: {error.hint}", file=sys.stderr)
+        _tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+
+
+def _tell(error: UserError) -> None:
+    """An error may quote what an agent or a server said, so nothing of it may steer the terminal."""
+    from osqbox.cli.output import printable
+
+    lines = [f"osqbox: {error}", *([f"try: {error.hint}"] if error.hint else [])]
+    print("\n".join(printable(line) for text in lines for line in text.split("\n")), file=sys.stderr)
 
 
 def entry() -> None:

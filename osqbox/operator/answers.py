@@ -25,7 +25,7 @@ NDJSON = "application/x-ndjson"
 EVENTS = "text/event-stream"
 
 # Service functions raise one error for what is asked wrongly; a status wants to know which way.
-_MISSING = re.compile(r"no (node|tenant|campaign|carve|config source)\b|\S+ \S+ has no |config source \S+ has no ")
+_MISSING = re.compile(r"no (node|tenant|campaign|carve|config source)\b|.* has no (secret|YARA rule|version) ")
 _CONFLICT = re.compile(r".*(exists already|in use already|exists in another tenant|belongs to origin)")
 
 
@@ -115,7 +115,7 @@ async def explain(error: Exception) -> TrioResponse:
             return failed(
                 Failure(error=f"the database cannot be used: {error}", reason="storage", hint="osqbox doctor"), 500
             )
-    log.error("internal error in %s %s", request.method, request.path, exc_info=error)
+    log.error("internal error", exc_info=error)
     return failed(Failure(error="internal error; the box's log has it", reason="internal"), 500)
 
 

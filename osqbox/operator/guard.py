@@ -7,14 +7,17 @@ foreign Host, one that posts here sends its Origin, and neither knows the token.
 from __future__ import annotations
 
 import hmac
+from typing import TypeAlias
 
-from quart import request
+from quart import Request, Websocket, request, websocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from .answers import Failure, failed
 from .operations import operation_of
 from .parts import Parts
+
+Asked: TypeAlias = Request | Websocket
 
 SAFE_METHODS = frozenset(("GET", "HEAD"))
 TOKEN_HINT = "osqbox env"  # noqa: S105 - a command
@@ -31,8 +34,15 @@ HEADERS = {
 def install(app: QuartTrio, parts: Parts) -> None:
     """Nothing is answered around it: not unknown paths, not wrong methods, not a route added later."""
 
+    def why_not(asked: Asked, *, changes: bool) -> TrioResponse | None:
+        foreign = _why_foreign(asked, parts.allowed_hosts(), changes=changes)
+        return foreign or (None if _is_open(app, asked) else _why_unknown(asked, parts.token))
+
     async def check() -> TrioResponse | None:
-        return _why_foreign(parts.allowed_hosts()) or (None if _is_open(app) else _why_unknown(parts.token))
+        return why_not(request, changes=request.method not in SAFE_METHODS)
+
+    async def check_websocket() -> TrioResponse | None:
+        return why_not(websocket, changes=True)
 
     async def harden(response: TrioResponse) -> TrioResponse:
         for name, value in HEADERS.items():
@@ -40,18 +50,19 @@ def install(app: QuartTrio, parts: Parts) -> None:
         return response
 
     app.before_request(check)
+    app.before_websocket(check_websocket)
     app.after_request(harden)
 
 
-def _is_open(app: QuartTrio) -> bool:
-    if request.url_rule is None:
+def _is_open(app: QuartTrio, asked: Asked) -> bool:
+    if asked.url_rule is None:
         return False
-    found = operation_of(app.view_functions[request.url_rule.endpoint])
+    found = operation_of(app.view_functions[asked.url_rule.endpoint])
     return found is not None and found.is_open
 
 
-def _why_foreign(allowed: frozenset[str]) -> TrioResponse | None:
-    host = request.headers.get("Host", "").lower()
+def _why_foreign(asked: Asked, allowed: frozenset[str], *, changes: bool) -> TrioResponse | None:
+    host = asked.headers.get("Host", "").lower()
     if host not in allowed:
         return failed(
             Failure(
@@ -59,12 +70,12 @@ def _why_foreign(allowed: frozenset[str]) -> TrioResponse | None:
             ),
             421,
         )
-    if request.method in SAFE_METHODS:
+    if not changes:
         return None
-    site = request.headers.get("Sec-Fetch-Site", "none").lower()
+    site = asked.headers.get("Sec-Fetch-Site", "none").lower()
     if site not in ("same-origin", "none"):
         return failed(Failure(error=f"Sec-Fetch-Site: expected same-origin, got {site[:40]!r}", reason="foreign"), 403)
-    origin = request.headers.get("Origin")
+    origin = asked.headers.get("Origin")
     if origin is not None and origin.lower().partition("://")[::2] not in _origins(allowed):
         return failed(Failure(error=f"Origin: expected this box's own, got {origin[:80]!r}", reason="foreign"), 403)
     return None
@@ -74,8 +85,8 @@ def _origins(allowed: frozenset[str]) -> set[tuple[str, str]]:
     return {(scheme, host) for scheme in ("http", "https") for host in allowed}
 
 
-def _why_unknown(token: str) -> TrioResponse | None:
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+def _why_unknown(asked: Asked, token: str) -> TrioResponse | None:
+    scheme, _, given = asked.headers.get("Authorization", "").partition(" ")
     is_bearer = scheme.lower() == "bearer"
     if hmac.compare_digest(given.strip().encode(errors="replace"), token.encode()) and is_bearer:
         return None

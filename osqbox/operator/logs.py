@@ -85,7 +85,7 @@ def add(routes: Blueprint, parts: Parts) -> None:
 class _Tail:
     """A place in the log, moving on page by page."""
 
-    def __init__(self, parts: Parts, which: LogFilter, after: int, until: int, limit: int = LINES_MAX) -> None:
+    def __init__(self, parts: Parts, which: LogFilter, after: int, until: int, limit: int | None = None) -> None:
         self._store = parts.store
         self.which = which
         self._after = after
@@ -95,18 +95,19 @@ class _Tail:
     async def page(self) -> list[bytes]:
         """The next lines; none when there are none now."""
         reached, lines = await self._store.read(self._read)
-        self._left -= len(lines)
+        self._left = None if self._left is None else self._left - len(lines)
         self._after = _seq(lines[-1]) if lines else max(self._after, reached)
         return lines
 
     def _read(self, db: sqlite3.Connection) -> tuple[int, list[bytes]]:
         # The end first: what is not found before it will not be, so that it need not be searched again.
-        return logs.last_seq(db), logs.find(db, self.which, after=self._after, limit=min(PAGE_LINES, self._left))
+        limit = PAGE_LINES if self._left is None else min(PAGE_LINES, self._left)
+        return logs.last_seq(db), logs.find(db, self.which, after=self._after, limit=limit)
 
     @property
     def done(self) -> bool:
         """All that was there at the beginning, or as much as was wanted, was read."""
-        return self._left <= 0 or self._after >= self._until
+        return self._left == 0 or self._after >= self._until
 
 
 def _seq(line: bytes) -> int:
@@ -152,8 +153,7 @@ def _tail(parts: Parts, db: sqlite3.Connection, query: Wanted) -> _Tail:
     until = logs.last_seq(db)
     if query.after is None:
         return _Tail(parts, which, logs.before_latest(db, which, query.limit or NEWEST_LINES), until)
-    limit = LINES_MAX if query.limit is None or query.follow else query.limit
-    return _Tail(parts, which, query.after, until, limit)
+    return _Tail(parts, which, query.after, until, None if query.follow else query.limit)
 
 
 def _exported_tail(parts: Parts, db: sqlite3.Connection, query: Exported) -> _Tail:

@@ -206,6 +206,18 @@ def test_an_error_keeps_the_key() -> None:
     assert world.core.node_key == "key"
 
 
+def test_a_late_answer_about_an_old_key_does_not_drop_the_new_one() -> None:
+    def re_enrolled_meanwhile(_send: Send) -> Any:
+        world.store.put("configurations", "nodeKey", "newer")
+        return {"node_invalid": True}
+
+    world = World(script(read=[re_enrolled_meanwhile, {}]))
+    world.enroll()
+    world.run(world.core.distributed(), for_s=2)
+    assert [call["node_key"] for call in world.calls("read")] == ["key", "newer"]
+    assert len(world.calls("enroll")) == 1
+
+
 def test_disable_reenrollment_keeps_an_invalid_key() -> None:
     world = World(script(config={"node_invalid": True}), {"disable_reenrollment": "true"})
     world.enroll()
@@ -404,13 +416,12 @@ def test_startup_priority_runs_first_and_at_once() -> None:
 
 
 def test_a_new_schedule_does_not_run_what_was_due_before_it_came() -> None:
-    world = World(
-        script(config=[{}, {"schedule": {"q": {"query": "select q", "interval": 1000}}}]), {"config_refresh": "95"}
-    )
+    late = {"schedule": {"q": {"query": "select q", "interval": 50}}}
+    world = World(script(config=[{}, late]), {"config_refresh": "95"})
     world.enroll()
     world.run(world.core.first_config())
-    world.run(world.core.scheduler(), world.core.config_refresh(), for_s=994)
-    assert world.asked == [(START + 990, "select q")]
+    world.run(world.core.scheduler(), world.core.config_refresh(), for_s=150)
+    assert world.asked == [(START + 140, "select q")]
 
 
 def test_splay_is_remembered() -> None:

@@ -28,7 +28,7 @@ import trustme
 
 from osqbox.agent.client import EnrollmentFailed
 from osqbox.agent.runner import AgentOptions, run_agent
-from osqbox.agent.sql import source
+from osqbox.agent.sql import Context, Row, source
 from osqbox.agent.wire import CallFailed, Channel, client_context
 from osqbox.errors import BadSetup
 
@@ -41,6 +41,7 @@ class Seen:
     body: Any
     headers: list[tuple[str, str]]
     connection: int
+    """The client's port."""
 
 
 @dataclass
@@ -83,7 +84,7 @@ def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             raw = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers["Content-Encoding"] == "gzip":
                 raw = gzip.decompress(raw)
-            seen = Seen(self.path, json.loads(raw), self.headers.items(), id(self.connection))
+            seen = Seen(self.path, json.loads(raw), self.headers.items(), self.client_address[1])
             server.seen.append(seen)
             reply = server.reply(seen)
             server.news.put(seen)
@@ -340,6 +341,23 @@ def test_stopping_in_the_middle_of_a_query_is_quick(server: Server) -> None:
     started = time.monotonic()
     run_until(server, lambda: bool(server.calls("read")), server.options())
     assert time.monotonic() - started < 10
+
+
+def test_a_stop_ends_the_query_that_runs(server: Server) -> None:
+    """The worker thread is left behind, but told to give up long before the query's own time is over."""
+    ended, begun = threading.Event(), threading.Event()
+
+    def endless(_context: Context) -> Iterator[Row]:
+        try:
+            while True:
+                begun.set()
+                yield {"pid": 1}
+        finally:
+            ended.set()
+
+    server.replies["distributed/read"] = {"queries": {"slow": "select count(*) from processes"}}
+    run_until(server, lambda: begun.wait(TIMEOUT_S), server.options(), tables={"processes": source(endless)})
+    assert ended.wait(TIMEOUT_S)
 
 
 def test_a_refused_enrollment_ends_with_the_reason(server: Server) -> None:

@@ -154,6 +154,22 @@ def test_lookups_agree_with_a_plain_table(engine: Engine, condition: str) -> Non
     assert [row["pid"] for row in result.rows] == expected
 
 
+def test_a_number_finds_text_of_the_same_looks() -> None:
+    engine = Engine({"processes": source(lambda _c: [{"pid": 1, "name": "7"}, {"pid": 2, "name": "x"}])})
+    assert engine.query("select pid from processes where name = 7").rows == [{"pid": "1"}]
+
+
+def test_a_table_used_twice_has_the_columns_of_both_uses() -> None:
+    def frugal(context: Context) -> Iterator[Row]:
+        for pid in range(3):
+            row: Row = {"pid": pid, "name": f"p{pid}"}
+            yield {name: value for name, value in row.items() if context.wants(name)}
+
+    engine = Engine({"processes": source(frugal)})
+    sql = "select a.pid, b.name from processes a join processes b on a.pid = b.pid where a.pid > 0"
+    assert engine.query(sql).rows == [{"pid": "1", "name": "p1"}, {"pid": "2", "name": "p2"}]
+
+
 def test_a_runaway_query_is_stopped(engine: Engine) -> None:
     started = time.monotonic()
     result = engine.query(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import trio
+import trio.testing
 
+from osqbox.exchange import Peer, Request
 from osqbox.osquery import campaigns
+from osqbox.osquery.routes import OsqueryApi
+from osqbox.settings import Bounds
 
 
 def test_a_campaign_goes_to_who_is_reachable_and_wakes_their_held_reads(rig):
@@ -21,6 +27,31 @@ def test_a_campaign_goes_to_who_is_reachable_and_wakes_their_held_reads(rig):
         assert everybody["summary"]["targets"] == 2
         named = (await box.post("/api/v1/campaigns", {"sql": "select 1", "nodes": [lost.id]}, 201)).json
         assert named["summary"]["targets"] == 1
+
+    rig(test)
+
+
+def test_a_held_read_is_answered_by_the_campaign(rig):
+    async def test(box):
+        await box.enroll("web")
+        agents = OsqueryApi(
+            box.store, box.presence, box.clock, Bounds(), read_hold_s=10, new_key=lambda: "k", new_id=lambda: "i"
+        )
+        answers = []
+
+        async def read():
+            path = "/api/v1/osquery/distributed/read"
+            body = b'{"node_key": "key 1"}'
+            answered = await agents.answer(Request("POST", path, {}, body, Peer("192.0.2.1", "c"), trio.sleep_forever))
+            answers.append(json.loads(answered.body))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            while not box.presence.statistics().reads_held:
+                await trio.testing.wait_all_tasks_blocked()
+            with trio.fail_after(2):
+                campaign = (await box.post("/api/v1/campaigns", {"sql": "select 1"}, 201)).json["id"]
+        assert [each["queries"] for each in answers] == [{campaign: "select 1"}]
 
     rig(test)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from quart.testing.connections import WebsocketResponseError
 
 AUTHORIZED = {"Authorization": "Bearer a-token-of-tests"}
 OPEN = {"/livez", "/readyz"}
@@ -139,6 +140,29 @@ def test_every_answer_is_hardened(rig):
             assert shown["X-Frame-Options"] == "DENY"
             assert shown["Cache-Control"] == "no-store"
             assert "Access-Control-Allow-Origin" not in shown
+
+    rig(test)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({**AUTHORIZED, "Origin": "http://evil.example"}, 403),
+        ({**AUTHORIZED, "Host": "evil.example"}, 421),
+        (AUTHORIZED, 404),
+    ],
+)
+def test_a_websocket_is_guarded_like_everything(rig, headers, status):
+    async def test(box):
+        opened = box.app.test_client().websocket("/api/v1/shells", headers={"Host": "127.0.0.1:8080", **headers})
+        statuses = []
+        try:
+            async with opened as websocket:
+                await websocket.receive()
+        except* WebsocketResponseError as refused:
+            statuses = [each.response.status_code for each in refused.exceptions]
+        assert statuses == [status]
 
     rig(test)
 

@@ -79,7 +79,9 @@ class World:
         self.db = sqlite3.connect(":memory:", isolation_level=None)
         self.db.execute("PRAGMA foreign_keys=ON")
         feed.create_tables(self.db)
-        self.db.execute("CREATE TABLE store_drops (kind TEXT PRIMARY KEY, count INTEGER NOT NULL, last_at REAL NOT NULL)")
+        self.db.execute(
+            "CREATE TABLE store_drops (kind TEXT PRIMARY KEY, count INTEGER NOT NULL, last_at REAL NOT NULL)"
+        )
         for step in (tenants.migrations, migrations):
             step.apply(Database(self.db))
         self.now = START
@@ -145,7 +147,9 @@ class Answer:
 class Api:
     """The handler, its store and its upkeep, with a clock that stands still; `ask` needs no socket."""
 
-    def __init__(self, store: Store, clock: ManualClock, bounds: Bounds, read_hold_s: float, retention: Retention) -> None:
+    def __init__(
+        self, store: Store, clock: ManualClock, bounds: Bounds, read_hold_s: float, retention: Retention
+    ) -> None:
         self.store = store
         self.clock = clock
         self.presence = Presence()
@@ -244,12 +248,16 @@ class Client:
         self.stream = stream
         self._http = h11.Connection(h11.CLIENT)
 
-    async def ask(self, target: str, body: Any = b"", *, method: str = "POST", headers: dict[str, str] | None = None) -> Answer:
+    async def ask(
+        self, target: str, body: Any = b"", *, method: str = "POST", headers: dict[str, str] | None = None
+    ) -> Answer:
         """Raises EOFError when the connection ends instead of an answer."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         fields = {"Host": "localhost", "Content-Length": str(len(raw)), **(headers or {})}
         data = self._http.send(h11.Request(method=method, target=target, headers=list(fields.items())))
-        data = (data or b"") + (self._http.send(h11.Data(data=raw)) or b"") + (self._http.send(h11.EndOfMessage()) or b"")
+        data = (
+            (data or b"") + (self._http.send(h11.Data(data=raw)) or b"") + (self._http.send(h11.EndOfMessage()) or b"")
+        )
         try:
             await self.stream.send_all(data)
         except trio.BrokenResourceError:
@@ -336,7 +344,10 @@ def served(tmp_path: Path, identity: Identity) -> Callable[..., None]:
             with trio.fail_after(40):
                 async with running_api(tmp_path, **options) as made:
                     context = server_context(
-                        identity.server_cert, identity.server_key, client_ca_file=identity.client_ca, client_auth="optional"
+                        identity.server_cert,
+                        identity.server_key,
+                        client_ca_file=identity.client_ca,
+                        client_auth="optional",
                     )
                     listener = Listener(
                         "agents",
