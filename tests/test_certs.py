@@ -798,6 +798,14 @@ def test_a_revocation_cut_short_by_a_crash_is_completed(fresh: Identity, monkeyp
     assert revoked_serials(fresh) == {load(known(fresh.client_cert)).serial_number}
 
 
+def test_a_crl_that_vanished_revives_nobody(fresh: Identity) -> None:
+    """A box that runs asks again when the file changes, and keeps what it knew when the answer is an error."""
+    revoke(home(fresh), "client", now=NOW)
+    known(fresh.crl).unlink()
+    with pytest.raises(BadSetup, match=r"client-ca\.crl: cannot be read"):
+        revoked_serials(fresh)
+
+
 def test_a_crl_of_another_ca_is_refused(fresh: Identity, made: Identity) -> None:
     known(fresh.crl).write_bytes(known(made.crl).read_bytes())
     for look in (lambda: revoked_serials(fresh), lambda: ensure_identity(home(fresh), now=NOW)):

@@ -87,11 +87,11 @@ def test_a_new_entry_is_never_taken_for_a_dead_one(tmp_path: Path, monkeypatch: 
     """Another process may look, and sweep, in the moment before it is locked."""
     lock, looked = running._lock, []
 
-    def look_before(file: IO[str]) -> bool:
+    def look_before(file: IO[str], *how: int) -> bool:
         if not looked:
             looked.append(True)
             boxes()
-        return lock(file)
+        return lock(file, *how)
 
     monkeypatch.setattr(running, "_lock", look_before)
     registration = Registration(tmp_path / "data", 1.0)

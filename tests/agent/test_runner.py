@@ -348,15 +348,16 @@ def test_a_stop_ends_the_query_that_runs(server: Server) -> None:
     ended, begun = threading.Event(), threading.Event()
 
     def endless(_context: Context) -> Iterator[Row]:
+        begun.set()
+        server.news.put(server.seen[-1])
         try:
             while True:
-                begun.set()
                 yield {"pid": 1}
         finally:
             ended.set()
 
     server.replies["distributed/read"] = {"queries": {"slow": "select count(*) from processes"}}
-    run_until(server, lambda: begun.wait(TIMEOUT_S), server.options(), tables={"processes": source(endless)})
+    run_until(server, begun.is_set, server.options(), tables={"processes": source(endless)})
     assert ended.wait(TIMEOUT_S)
 
 
