@@ -481,6 +481,24 @@ def test_a_failing_handler_answers_500_without_its_text_and_goes_on(pki: Pki, ca
     assert "secret" not in caplog.text
 
 
+def test_an_exception_ends_its_own_connection_only(pki: Pki) -> None:
+    class Broken(Recorder):
+        def body_limit_bytes(self, method: str, target: str) -> int:
+            if target == "/broken":
+                raise ValueError("secret")
+            return 0
+
+    async def scenario() -> None:
+        async with serving(Broken(), pki.server()) as listener:
+            client = await connect(listener, pki)
+            await client.send(b"GET /broken HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert await client.rest() == b""
+            assert (await (await connect(listener, pki)).ask(GET))[0] == 200
+            assert listener.statistics().errors == 1
+
+    run(scenario)
+
+
 def test_a_header_cannot_break_out_of_its_line() -> None:
     with pytest.raises(ValueError, match="line break"):
         response_bytes(Response(b"", headers=(("location", "/\r\nset-cookie: a"),)), "now", head_only=False, keep=True)
@@ -648,13 +666,15 @@ def test_what_arrives_while_a_request_is_held_is_served_after_it(pki: Pki) -> No
 
 
 def test_a_flood_behind_a_held_request_is_bounded_and_is_no_departure(pki: Pki) -> None:
-    connection_is_gone = False
+    seen_gone = False
+    kept_bytes: list[int] = []
 
     async def answer(request: Request) -> Response:
-        nonlocal connection_is_gone
+        nonlocal seen_gone
         with trio.move_on_after(0.2):
             await request.wait_gone()
-            connection_is_gone = True
+            seen_gone = True
+        kept_bytes.append(len(request.wait_gone.__self__._ahead))  # type: ignore[attr-defined]
         return Response(b"{}", close=True)
 
     async def scenario() -> None:
@@ -665,7 +685,8 @@ def test_a_flood_behind_a_held_request_is_bounded_and_is_no_departure(pki: Pki) 
             assert (await client.answer())[0] == 200
 
     run(scenario)
-    assert not connection_is_gone
+    assert not seen_gone
+    assert 65536 <= kept_bytes[0] < 3 * 65536
 
 
 # peers, budgets, crowds

@@ -160,6 +160,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         while (await receive())["type"] != "http.disconnect":
             pass
+    elif path == "/ignore-body":
+        await trio.testing.wait_all_tasks_blocked(0.02)  # until the queue of the body is full
+        await reply(send, b"hello")
     elif path == "/stream":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while True:
@@ -420,6 +423,19 @@ def test_http2_without_alpn_and_an_h2c_upgrade_are_repaired_too(pki: Pki) -> Non
     run(scenario)
 
 
+def test_a_reset_leaves_the_connection_idle_so_that_it_times_out(pki: Pki) -> None:
+    async def scenario() -> None:
+        async with serving(pki, app, keep_alive_timeout_s=0.1) as listener:
+            client = await h2_client(listener, pki)
+            stream_id = await client.request(b"/hold")
+            await until(lambda: listener.statistics().requests == 1)
+            client.h2.reset_stream(stream_id)
+            await client.flush()
+            await client.wait_for(h2.events.ConnectionTerminated)
+
+    run(scenario)
+
+
 # HTTP/1.1 through Hypercorn
 
 
@@ -429,7 +445,8 @@ def test_an_application_that_ignores_a_body_does_not_block_its_connection_for_ev
     async def scenario() -> None:
         async with serving(pki, app, linger_timeout_s=0.3) as listener:
             for http2 in (False, True):
-                answer = await ask(listener, pki, http2=http2, method="POST", content=b"x" * 3_000_000)
+                body = b"x" * 3_000_000
+                answer = await ask(listener, pki, "/ignore-body", http2=http2, method="POST", content=body)
                 assert answer.text == "hello"
             await until(lambda: listener.statistics().open_connections == 0)
 
@@ -711,6 +728,38 @@ def test_drain_with_streams_websockets_and_stalled_readers_open(pki: Pki) -> Non
 
     run(scenario)
     assert quart.config["events"] == ["start", "sse", "sse", "sse ended", "sse ended", "stop"]
+
+
+def test_drain_cuts_a_stalled_reader_off(pki: Pki) -> None:
+    """Its write is shielded from cancellation, so only closing the socket ends it."""
+
+    async def scenario() -> None:
+        limits = {"drain_timeout_s": 0.1, "close_timeout_s": 0.1, "write_timeout_s": 60}
+        async with serving(pki, app, **limits) as listener:
+            stream = await listener.connect(pki)
+            await stream.send_all(GET.replace(b"/ ", b"/stream "))
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            with trio.fail_after(2):
+                await listener.drain()
+            assert listener.statistics().open_connections == 0
+
+    run(scenario)
+
+
+def test_drain_invents_no_answer_for_what_it_cancels(pki: Pki) -> None:
+    async def lasting(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await trio.sleep_forever()
+
+    async def scenario() -> None:
+        async with serving(pki, lasting, drain_timeout_s=0.05) as listener:
+            stream = await listener.connect(pki)
+            await stream.send_all(GET)
+            await until(lambda: listener.statistics().requests == 1)
+            await listener.drain()
+            assert await read_to_end(stream) == b""
+
+    run(scenario)
 
 
 def test_drain_lets_an_http2_request_in_flight_finish(pki: Pki) -> None:

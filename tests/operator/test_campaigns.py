@@ -8,8 +8,10 @@ import pytest
 import trio
 import trio.testing
 
+from osqbox import feed
 from osqbox.exchange import Peer, Request
 from osqbox.osquery import campaigns
+from osqbox.osquery.messages import Answer
 from osqbox.osquery.routes import OsqueryApi
 from osqbox.settings import Bounds
 
@@ -181,6 +183,29 @@ def test_many_answers_at_once_come_each_exactly_once(rig, stream):
                     nursery.start_soon(box.answer, node, campaign, [{"host": node.hostname}])
         assert seen.pop()["summary"]["answered"] == 300
         assert sorted(account["node"] for account in seen) == sorted(node.id for node in nodes)
+
+    rig(test)
+
+
+def test_a_reader_whose_queue_overflowed_still_gets_the_end(rig, stream, monkeypatch):
+    monkeypatch.setattr(feed, "FOLLOWER_QUEUE_EVENTS", 3)
+
+    async def test(box):
+        web = await box.enroll("web")
+        async with box.served() as client:
+            campaign = (await client.post("/api/v1/campaigns", json={"sql": "select 1"})).json()["id"]
+
+            def burst(tx):
+                for _ in range(50):
+                    tx.emit("unrelated")
+                campaigns.write(tx, web, [Answer(campaign, True, 0, [], "", {})])
+
+            async with stream(client, f"/api/v1/campaigns/{campaign}/stream") as reader:
+                assert await reader.line() == ""
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                await box.store.write(burst)
+                with trio.fail_after(5):
+                    assert [await reader.object() for _ in range(2)][1]["summary"]["answered"] == 1
 
     rig(test)
 

@@ -102,7 +102,8 @@ def test_a_follower_gets_what_was_there_and_what_comes_each_once(rig, stream):
             await box.send_log(other, line("elsewhere"))
             await box.send_log(web, line("new0"), line("new1"))
             await box.send_log(web, line("new2"))
-            assert named(await reader.objects(3)) == ["new0", "new1", "new2"]
+            with trio.fail_after(5):
+                assert named(await reader.objects(3)) == ["new0", "new1", "new2"]
 
     rig(test)
 
