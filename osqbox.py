@@ -343,6 +343,7 @@ def main() -> None:
     except KeyboardInterrupt:
         say("interrupted; the next call takes it up again")
         sys.exit(EXIT_INTERRUPTED)
+    os.environ["OSQBOX_CALLED_AS"] = "python3 " + sys.argv[0]
     os.execv(command[0], command)  # noqa: S606  # the words of this call, with no shell in between
 
 

@@ -35,7 +35,7 @@ from osqbox.osquery.routes import OsqueryApi
 from osqbox.osquery.tables import migrations as osquery_migrations
 from osqbox.osquery.upkeep import Upkeep, load_config_files
 from osqbox.running import write_private
-from osqbox.settings import Settings
+from osqbox.settings import MIB, Settings
 from osqbox.store import Store, Tx, drops
 
 log = logging.getLogger(__name__)
@@ -305,7 +305,6 @@ def _agents_listener(box: Box) -> Listener:
         handler=box.osquery,
         on_event=box.osquery.count_refused,
         check_peer=box.why_refused,
-        limits=Limits(),
     )
 
 
@@ -326,7 +325,8 @@ def _operator_listener(box: Box) -> Listener:
         new_key=new_key,
     )
     # Hypercorn's own types name more kinds of messages than ASGI has; ours say only that they are mappings.
-    return Listener("operator", app=cast("ASGIApp", make_app(parts)), limits=Limits())
+    # The app's own limit is lower, and answers in the API's words.
+    return Listener("operator", app=cast("ASGIApp", make_app(parts)), limits=Limits(app_body_bytes=17 * MIB))
 
 
 def _write_handouts(box: Box) -> None:

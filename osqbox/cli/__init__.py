@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import sys
 
 import click
@@ -86,7 +88,13 @@ def _tell(error: UserError) -> None:
     from osqbox.cli.output import printable
 
     lines = [f"osqbox: {error}", *([f"try: {error.hint}"] if error.hint else [])]
-    print("\n".join(printable(line) for text in lines for line in text.split("\n")), file=sys.stderr)
+    print("\n".join(printable(line) for text in lines for line in as_called(text).split("\n")), file=sys.stderr)
+
+
+def as_called(text: str) -> str:
+    """Commands in ``text`` as this user types them: a checkout is run by its front door, not by ``osqbox``."""
+    called_as = os.environ.get("OSQBOX_CALLED_AS")
+    return re.sub(r"(?<![\w./-])osqbox (?=[a-z])", f"{called_as} ", text) if called_as else text
 
 
 def entry() -> None:

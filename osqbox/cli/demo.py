@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from osqbox.cli import as_called
 from osqbox.cli.serve import run_box, serve_options
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def command(**options: Any) -> int:
             await nursery.start(run_local_agents, box, 1)
             announce()
             if sys.stdout.isatty() and not options["as_json"]:
-                print('this machine is enrolled:  osqbox query "select pid, name from processes limit 5"')
+                print(as_called('this machine is enrolled:  osqbox query "select pid, name from processes limit 5"'))
             await box.stopping.wait()
             nursery.cancel_scope.cancel()
         return 0

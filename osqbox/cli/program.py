@@ -16,6 +16,7 @@ import trio
 
 from osqbox import __version__
 from osqbox.box import Box, open_box
+from osqbox.cli import as_called
 from osqbox.errors import OsqboxError
 from osqbox.running import Registration, write_private
 from osqbox.settings import Settings
@@ -122,7 +123,7 @@ def _announce(box: Box, options: dict[str, Any], registration: Registration) -> 
     if options["as_json"] or not sys.stdout.isatty():
         print(json.dumps(ready if options["as_json"] else _without_secrets(ready)), flush=True)
     else:
-        print(banner(box), flush=True)
+        print(as_called(banner(box)), flush=True)
 
 
 def _without_secrets(ready: dict[str, Any]) -> dict[str, Any]:

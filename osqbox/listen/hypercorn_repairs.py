@@ -77,6 +77,8 @@ def check_seams() -> None:
         for owner in (H2Protocol, H11Protocol)
         if tuple(inspect.signature(owner).parameters) != _PROTOCOL_ARGUMENTS
     ]
+    buffer = vars(StreamBuffer(WorkerContext.event_class))
+    absent += [f"StreamBuffer.{name}" for name in ("buffer", "_paused", "_is_empty") if name not in buffer]
     if absent or not installed.startswith(SERIES):
         missing = f", which lacks {', '.join(absent)}" if absent else ""
         raise BadSetup(

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from osqbox import tenants
 from osqbox.clock import rfc3339
 from osqbox.errors import BadUsage
 from osqbox.osquery import nodes
@@ -103,7 +104,8 @@ def start(
         order.selector.tenant,
         ("active",),
     )
-    chosen = nodes.select(tx.db, active)
+    closed = {tenant.name for tenant in tenants.all_tenants(tx.db) if tenant.closed_at is not None}
+    chosen = [node for node in nodes.select(tx.db, active) if node.tenant not in closed]
     if order.selector.is_empty() and not order.everyone:
         heard = reachable(chosen)
         chosen = [node for node in chosen if node.id in heard]

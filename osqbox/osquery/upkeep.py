@@ -118,6 +118,7 @@ class Upkeep:
         """Serve a changed file; a broken one changes nothing that is served and is told once."""
         try:
             source = await trio.to_thread.run_sync(_load_checked, path)
+            await self.store.write(lambda tx: configs.put(tx, source, f"loaded from {path}"))
         except UserError as error:
             if self._told.get(path) != str(error):
                 self._told[path] = str(error)
@@ -126,7 +127,6 @@ class Upkeep:
             return
         self._told.pop(path, None)
         self.files[path] = source
-        await self.store.write(lambda tx: configs.put(tx, source, f"loaded from {path}"))
 
     async def _prune(self) -> None:
         while await self.store.write(self._prune_some, bulk=True):
