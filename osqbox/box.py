@@ -27,7 +27,7 @@ from osqbox.exchange import Peer
 from osqbox.feed import Feed
 from osqbox.flagfile import flagfile
 from osqbox.identity import Identity, Snapshot, snapshot
-from osqbox.listen import ASGIApp, Limits, Listener, probe_tls_minimum, rotate_certificate, server_context
+from osqbox.listen import ASGIApp, Limits, Listener, rotate_certificate, server_context
 from osqbox.operator.app import Parts, make_app
 from osqbox.osquery import nodes
 from osqbox.osquery.presence import Presence
@@ -290,8 +290,6 @@ def _agents_listener(box: Box) -> Listener:
     minimum = TLS_VERSIONS.get(settings.agents_tls_min)
     if minimum is None:
         raise BadSetup(f"--agents-tls-min: expected one of {', '.join(TLS_VERSIONS)}, got {settings.agents_tls_min}")
-    if why := probe_tls_minimum(minimum):
-        raise BadSetup(f"TLS {settings.agents_tls_min} cannot be offered here: {why}", hint="osqbox serve")
     box.tls_context = server_context(
         identity.server_cert,
         identity.server_key,
