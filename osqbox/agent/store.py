@@ -50,6 +50,23 @@ class MemoryStore:
         pass
 
 
+def _open(path: Path) -> sqlite3.Connection:
+    """The file, in a transaction. One agent per file: the lock is held until close."""
+    db = sqlite3.connect(path, timeout=0.2, isolation_level=None)
+    try:
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS state"
+            " (domain TEXT, key TEXT, value TEXT, PRIMARY KEY (domain, key)) WITHOUT ROWID"
+        )
+        db.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
 class FileStore:
     """``agent.db`` in the agent's directory: one table, readable by any SQLite tool.
 
@@ -60,15 +77,7 @@ class FileStore:
         path = directory / "agent.db"
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = sqlite3.connect(path, timeout=0.2, isolation_level=None)
-            # One agent per file: the lock is held until close.
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS state"
-                " (domain TEXT, key TEXT, value TEXT, PRIMARY KEY (domain, key)) WITHOUT ROWID"
-            )
-            self._db.execute("BEGIN IMMEDIATE")
+            self._db = _open(path)
         except (OSError, sqlite3.Error) as error:
             raise BadSetup(
                 f"cannot keep the agent's state in {path}: {error}",
