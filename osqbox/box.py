@@ -92,6 +92,11 @@ class Box:
         self.stopping.set()
         self.presence.stop()
 
+    def close_ports(self) -> None:
+        """Free the ports at once; a host process may go on for long without this box."""
+        self.agents.stop_accepting()
+        self.operator.stop_accepting()
+
     def why_refused(self, peer: Peer) -> str | None:
         """Asked for every connection and request: a revoked certificate is refused from the next request on."""
         return "certificate_revoked" if peer.certificate_serial in self._revoked else None
@@ -112,7 +117,10 @@ class Box:
                 await trio.to_thread.run_sync(part)
             except (UserError, OSError) as error:
                 log.warning("certificates kept as they were: %s", error)
-        await self.store.write(lambda tx: tx.emit("certificates_reloaded", revoked=len(self._revoked)))
+        try:
+            await self.store.write(lambda tx: tx.emit("certificates_reloaded", revoked=len(self._revoked)))
+        except Exception:
+            log.exception("the reload of certificates could not be told")  # a full disk must not end the box
 
     def _reload_revocations(self) -> None:
         if self.identity.crl:
@@ -202,11 +210,14 @@ async def open_box(settings: Settings, *, clock: Clock | None = None) -> AsyncIt
     _check_exposure(settings)
     identity = await trio.to_thread.run_sync(open_identity, settings, clock.now())
     async with _open_store(settings, clock) as store:
-        box = await _assemble(settings, clock, identity, store)
         files = await load_config_files(store, settings.config_files)
+        box = await _assemble(settings, clock, identity, store)
         upkeep = Upkeep(store, box.presence, box.osquery, clock, settings.retention, files)
-        async with _serving(box, upkeep):
-            yield box
+        try:
+            async with _serving(box, upkeep):
+                yield box
+        finally:
+            box.close_ports()
 
 
 def open_identity(settings: Settings, now: float) -> Identity:
@@ -256,13 +267,13 @@ async def _assemble(settings: Settings, clock: Clock, identity: Identity, store:
     box = Box(settings, clock, identity, store, store.feed, presence, osquery, token, secret, clock.now())
     box.agents = _agents_listener(box)
     box.operator = _operator_listener(box)
-    await box.agents.bind(settings.host, settings.agents_port)
     try:
+        await box.agents.bind(settings.host, settings.agents_port)
         await box.operator.bind(settings.operator_host, settings.operator_port)
+        _write_handouts(box)
     except BaseException:
-        box.agents.stop_accepting()
+        box.close_ports()
         raise
-    _write_handouts(box)
     return box
 
 

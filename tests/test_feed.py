@@ -107,8 +107,7 @@ def test_a_gap_stands_where_the_events_are_missing(monkeypatch: pytest.MonkeyPat
         made.publish([event(n) for n in range(1, 6)])
         got: list[Event | Gap | None] = [follower.next_nowait()]
         made.publish([event(6)])
-        for _ in range(3):
-            got.append(await follower.next() if waiting else follower.next_nowait())
+        got += [await follower.next() if waiting else follower.next_nowait() for _ in range(3)]
         made.publish([event(7)])
         got.append(await follower.next())
         assert got == [event(1), event(2), event(3), Gap(3), event(7)]

@@ -149,9 +149,9 @@ def test_a_data_directory_has_one_box(tmp_path: Path, other: tuple[subprocess.Po
 
 
 def test_a_data_directory_is_locked_within_one_process_too(tmp_path: Path) -> None:
-    with locked_data_dir(tmp_path / "data"):
-        with pytest.raises(AddressInUse, match="another process"), locked_data_dir(tmp_path / "data"):
-            pass
+    data = tmp_path / "data"
+    with locked_data_dir(data), pytest.raises(AddressInUse, match="another process"), locked_data_dir(data):
+        pass
     with locked_data_dir(tmp_path / "data"):
         assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
 

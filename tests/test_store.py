@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import trio
@@ -71,6 +71,10 @@ def stored(path: Path) -> list[str]:
         db.close()
 
 
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
 class Gate:
     """Keeps the writer's thread busy with one job until it is opened."""
 
@@ -84,7 +88,7 @@ class Gate:
         self._entered.set()
         assert self._opened.wait(10)
 
-    async def __aenter__(self) -> Gate:
+    async def __aenter__(self) -> Self:
         self._nursery.start_soon(self._store.write, self._work)
         assert await trio.to_thread.run_sync(self._entered.wait, 10)
         return self
@@ -119,9 +123,7 @@ def test_the_file_survives_power_loss_and_is_private(tmp_path: Path) -> None:
             )
             assert settings == [2, "wal"]
             await store.write(add("one"))
-            files = sorted(tmp_path.glob("a.db*"))
-            assert [file.name for file in files] == ["a.db", "a.db-shm", "a.db-wal"]
-            assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+            assert modes(tmp_path) == {"a.db": 0o600, "a.db-shm": 0o600, "a.db-wal": 0o600}
 
     trio.run(main)
 
@@ -182,13 +184,12 @@ def test_urgent_jobs_pass_waiting_bulk_jobs(tmp_path: Path) -> None:
         def mark(word: str) -> Callable[[Tx], None]:
             return lambda tx: order.append(word)
 
-        async with running(tmp_path / "a.db") as store, trio.open_nursery() as nursery:
-            async with Gate(store, nursery):
-                for _ in range(3):
-                    nursery.start_soon(lambda: store.write(mark("bulk"), bulk=True))
-                await trio.testing.wait_all_tasks_blocked(0.01)
-                nursery.start_soon(store.write, mark("urgent"))
-                await trio.testing.wait_all_tasks_blocked(0.01)
+        async with running(tmp_path / "a.db") as store, trio.open_nursery() as nursery, Gate(store, nursery):
+            for _ in range(3):
+                nursery.start_soon(lambda: store.write(mark("bulk"), bulk=True))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.start_soon(store.write, mark("urgent"))
+            await trio.testing.wait_all_tasks_blocked(0.01)
         assert order == ["urgent", "bulk", "bulk", "bulk"]
 
     trio.run(main)
@@ -223,13 +224,12 @@ def test_bulk_jobs_wait_for_room_and_are_all_written(tmp_path: Path, monkeypatch
 
     async def main() -> None:
         path = tmp_path / "a.db"
-        async with running(path) as store, trio.open_nursery() as nursery:
-            async with Gate(store, nursery):
-                for number in range(40):
-                    nursery.start_soon(lambda number=number: store.write(add(str(number)), bulk=True, weight_bytes=10))
-                await trio.testing.wait_all_tasks_blocked(0.01)
-                assert store.statistics().queued_jobs == 5
-                assert store.statistics().queued_bytes == 50
+        async with running(path) as store, trio.open_nursery() as nursery, Gate(store, nursery):
+            for number in range(40):
+                nursery.start_soon(lambda number=number: store.write(add(str(number)), bulk=True, weight_bytes=10))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert store.statistics().queued_jobs == 5
+            assert store.statistics().queued_bytes == 50
         assert len(stored(path)) == 40
 
     trio.run(main)

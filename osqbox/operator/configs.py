@@ -11,7 +11,7 @@ from quart import Blueprint
 from quart_trio.wrappers import TrioResponse
 
 from osqbox.errors import BadUsage
-from osqbox.osquery import configs, sources
+from osqbox.osquery import configs, structure
 from osqbox.osquery.amalgamate import WRAPPER, Source, dotted, read_source
 
 from .answers import Problem, Unacceptable, answered, read_answer
@@ -169,22 +169,22 @@ def _source(name: str, body: NewConfig) -> Source:
 
 async def _checked(content: Any, *, skip_sql_errors: bool) -> list[Problem]:
     """Its problems. Raises Unacceptable when one is an error that is not skipped."""
-    structure, sql = await trio.to_thread.run_sync(_problems, content)
-    fatal = structure if skip_sql_errors else structure + sql
+    shape, sql = await trio.to_thread.run_sync(_problems, content)
+    fatal = shape if skip_sql_errors else shape + sql
     if any(problem.severity == "error" for problem in fatal):
-        raise Unacceptable(structure + sql)
-    return structure + sql
+        raise Unacceptable(shape + sql)
+    return shape + sql
 
 
 def _problems(content: Any) -> tuple[list[Problem], list[Problem]]:
     """Of its structure, and of its SQL."""
     from osqbox.osquery.sqlcheck import SqlChecker
 
-    structure = sources.check(content)
+    found = structure.check(content)
     # A structure too deep or too large to be served is not worth reading on.
-    unreadable = any(problem.severity == "error" and not problem.path for problem in structure)
-    return _told(structure), [] if unreadable else _told(SqlChecker().check_config(content))
+    unreadable = any(problem.severity == "error" and not problem.path for problem in found)
+    return _told(found), [] if unreadable else _told(SqlChecker().check_config(content))
 
 
-def _told(problems: list[sources.Problem]) -> list[Problem]:
+def _told(problems: list[structure.Problem]) -> list[Problem]:
     return [Problem(dotted(each.path), each.severity, each.message) for each in problems]

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from osqbox.osquery.amalgamate import Path
-from osqbox.osquery.sources import DEPTH_MAX, Problem, check
+from osqbox.osquery.structure import DEPTH_MAX, Problem, check
 from osqbox.schema import Schema, Table, load_schema
 
 if TYPE_CHECKING:

@@ -105,8 +105,8 @@ def test_numbers_may_be_text(world: Any) -> None:
 
 @pytest.mark.parametrize(
     ("count", "block_bytes", "size"),
-    [(2, 10, 21), (4, 10, 21), (0, 10, 1), (1, 10, 0), (1, 0, 10), (-1, 10, 10), (1, 10**9, 10), (2_000_000, 1, 2_000_000),
-     (1, 10, LIMIT_BYTES + 1), ("x", 10, 10), (1, "x", 10), (1, 10, "")],
+    [(2, 10, 21), (4, 10, 21), (0, 10, 1), (1, 10, 0), (1, 0, 10), (-1, 10, 10), (1, 10**9, 10),
+     (2_000_000, 1, 2_000_000), (1, 10, LIMIT_BYTES + 1), ("x", 10, 10), (1, "x", 10), (1, 10, "")],
 )  # fmt: skip
 def test_a_carve_whose_numbers_do_not_fit_is_refused(world: Any, count: Any, block_bytes: Any, size: Any) -> None:
     node = world.node()
@@ -322,7 +322,11 @@ def pax(**headers: str) -> bytes:
 )
 def test_what_is_no_archive_is_told(world: Any, content: bytes) -> None:
     session = world.do(
-        carves.begin, world.node(), CarveBegin(-(-len(content) // 10**6), 10**6, len(content), "g", "r-1"), 10**8, world.new_id
+        carves.begin,
+        world.node(),
+        CarveBegin(-(-len(content) // 10**6), 10**6, len(content), "g", "r-1"),
+        10**8,
+        world.new_id,
     )
     for number, at in enumerate(range(0, len(content), 10**6)):
         send(world, session, number, content[at : at + 10**6])

@@ -116,8 +116,10 @@ def test_a_name_belongs_to_a_file_or_to_the_api(world: Any) -> None:
 def test_targets_choose_nodes(world: Any) -> None:
     world.do(tenants.create, "acme", TenantOptions())
     world.do(tenants.add_secret, "acme", "s")
-    web, mac, foreign = world.node("web-1"), world.node("mac", host_details={}, platform_type="21"), world.node(
-        "x", enroll_secret="s"
+    web, mac, foreign = (
+        world.node("web-1"),
+        world.node("mac", host_details={}, platform_type="21"),
+        world.node("x", enroll_secret="s"),
     )
     web = world.do(nodes.set_tags, web.id, ["frontend"])
     put(world, "all", schedule(all="select 1"))

@@ -89,7 +89,9 @@ class Agent(threading.Thread):
         self.acknowledged = 0
         self.error: BaseException | None = None
         self._connect()
-        self.key = self.send("/enroll", {"enroll_secret": box.ready["enroll_secret"], "host_identifier": name})["node_key"]
+        self.key = self.send("/enroll", {"enroll_secret": box.ready["enroll_secret"], "host_identifier": name})[
+            "node_key"
+        ]
 
     def _connect(self) -> None:
         port = int(self._box.ready["agents"].rsplit(":", 1)[1])
@@ -113,7 +115,7 @@ class Agent(threading.Thread):
                 self._told.release()
         except (OSError, http.client.HTTPException, ValueError):
             pass
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - told by the test's own thread
             self.error = error
         finally:
             self._connection.close()
@@ -150,7 +152,12 @@ class Carver(Agent):
     def __init__(self, box: Box, name: str, told: threading.Semaphore) -> None:
         super().__init__(box, name, told)
         self.content = os.urandom(self.BLOCK * self.COUNT)
-        begin = {"block_count": self.COUNT, "block_size": self.BLOCK, "carve_size": len(self.content), "node_key": self.key}
+        begin = {
+            "block_count": self.COUNT,
+            "block_size": self.BLOCK,
+            "carve_size": len(self.content),
+            "node_key": self.key,
+        }
         self.session = self.send("/carve/begin", {**begin, "carve_id": "g", "request_id": "r"})["session_id"]
         self.numbers = iter(range(self.COUNT))
 

@@ -61,7 +61,10 @@ def test_the_documented_minimum_is_enough(world: Any, kit: Any) -> None:
     """The oldest agents send nothing but the secret."""
     enrolled = world.enroll({"enroll_secret": kit.SECRET})
     assert enrolled.node.hostname == "unknown"
-    assert world.enroll({"enroll_secret": kit.SECRET, "platform_type": 21, "host_identifier": "m"}).node.platform == "darwin"
+    assert (
+        world.enroll({"enroll_secret": kit.SECRET, "platform_type": 21, "host_identifier": "m"}).node.platform
+        == "darwin"
+    )
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,13 @@ def test_a_path_holds_no_secrets() -> None:
 
 
 def test_the_documented_name_comes_first_in_a_body() -> None:
-    body = {"other": "second", "host_identifier": "no", "platform_type": "9", "node_key": "no", "enroll_secret": "first"}
+    body = {
+        "other": "second",
+        "host_identifier": "no",
+        "platform_type": "9",
+        "node_key": "no",
+        "enroll_secret": "first",
+    }
     assert body_secrets(body) == ["first", "second"]
 
 

@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 
 from osqbox.errors import BadSetup
 from osqbox.osquery.amalgamate import Target
-from osqbox.osquery.sources import (
-    CONFIG_BYTES,
-    CONFIG_BYTES_BEFORE_5_24,
-    FILE_BYTES,
-    Problem,
-    changed,
-    check,
-    load_flags,
-    load_source,
-    load_sources,
-)
+from osqbox.osquery.sources import FILE_BYTES, changed, load_source, load_sources
+from osqbox.osquery.structure import CONFIG_BYTES, CONFIG_BYTES_BEFORE_5_24, Problem, check, load_flags
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
