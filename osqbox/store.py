@@ -36,6 +36,8 @@ QUEUE_JOBS = 4096
 QUEUE_BYTES = 256 * 1024 * 1024
 READER_THREADS = 4
 BUSY_TIMEOUT_S = 10.0
+READER_PRAGMAS = ("query_only=ON",)
+WRITER_PRAGMAS = ("foreign_keys=ON", "journal_mode=WAL", "synchronous=FULL", "journal_size_limit=67108864")
 
 
 class Tx:
@@ -83,13 +85,12 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         timeout=BUSY_TIMEOUT_S,
         cached_statements=256,
     )
-    db.execute("PRAGMA foreign_keys=ON")
-    if read_only:
-        db.execute("PRAGMA query_only=ON")
-    else:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA journal_size_limit=67108864")
+    try:
+        for pragma in READER_PRAGMAS if read_only else WRITER_PRAGMAS:
+            db.execute(f"PRAGMA {pragma}")
+    except sqlite3.Error:
+        db.close()
+        raise
     return db
 
 

@@ -185,25 +185,29 @@ def test_what_a_box_knew_it_knows_again(tmp_path: Path, session_certs: Path) -> 
     run(test)
 
 
-def test_a_held_read_does_not_hold_up_the_stop(tmp_path: Path, session_certs: Path) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_held_read_does_not_hold_up_the_stop(tmp_path: Path, session_certs: Path, asked: bool) -> None:
+    """Whether somebody asks the box to stop or its block just ends."""
+
     async def test() -> None:
         answers: list[Any] = []
-        async with open_box(settings(tmp_path, session_certs)) as box:
+
+        async def read(box: Box) -> None:
             with agent(box) as client:
                 key = (await client.tell("/enroll", {**HOST, "enroll_secret": box.enroll_secret}))["node_key"]
+                answers.append(await client.tell("/distributed/read", {"node_key": key}))
 
-                async def read() -> None:
-                    answers.append(await client.tell("/distributed/read", {"node_key": key}))
-
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(read)
-                    while not box.presence.statistics().reads_held:
-                        await trio.sleep(0.001)
-                    started = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            async with open_box(settings(tmp_path, session_certs)) as box:
+                nursery.start_soon(read, box)
+                while not box.presence.statistics().reads_held:
+                    await trio.sleep(0.001)
+                started = trio.current_time()
+                if asked:
                     box.stop()
-                assert box.stopping.is_set()
+            assert box.stopping.is_set()
+            assert trio.current_time() - started < 2
         assert answers == [{"queries": {}, "node_invalid": False}]
-        assert trio.current_time() - started < 2
 
     run(test)
 

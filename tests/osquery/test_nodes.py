@@ -331,6 +331,24 @@ def test_a_certificate_does_not_take_over_a_host_that_enrolled_by_secret(world: 
     assert authenticate(world.db, by_secret.node_key, kit.peer()).id == by_secret.node.id
 
 
+def test_a_secret_does_not_take_over_a_host_that_enrolled_by_certificate(world: Any, kit: Any) -> None:
+    """... and so take the certificate off it, knowing no more than its name."""
+    options(world, client_cert=True)
+    by_certificate = world.enroll(kit.host(enroll_secret=""), kit.peer(certificate=CERT))
+    impostor = kit.host(host_details={})
+    assert world.enroll(impostor).node.id != by_certificate.node.id
+    assert world.enroll(kit.host()).node.id != by_certificate.node.id
+    assert authenticate(world.db, by_certificate.node_key, kit.peer(certificate=CERT)).certificate_name == CERT
+
+
+def test_a_certificate_binds_only_where_it_lets_in(world: Any, kit: Any) -> None:
+    options(world, open=True)
+    enrolled = world.enroll(kit.host(enroll_secret=""), kit.peer(certificate=CERT))
+    assert authenticate(world.db, enrolled.node_key, kit.peer()).certificate_name is None
+    by_secret = world.enroll(kit.host("b"), kit.peer(certificate=CERT))
+    assert authenticate(world.db, by_secret.node_key, kit.peer()).certificate_name is None
+
+
 # keys and secrets
 
 

@@ -136,6 +136,20 @@ def test_a_body_that_is_no_message(api: Run, how: str) -> None:
     api(test, bounds=BOUNDS)
 
 
+def test_a_small_message_is_small_unpacked_too(api: Run) -> None:
+    """Who is not even known yet gets no more memory than its body needs."""
+
+    async def test(api: Any) -> None:
+        packed = gzip.compress(b'{"node_key": "x"' + b" " * (BOUNDS.small_body_bytes + 1) + b"}")
+        for operation in ("enroll", "config", "read", "begin"):
+            answer = await api.ask(ENDPOINTS[operation], packed)
+            assert check(operation, answer.status, answer.body)["reason"] == "too_large"
+        answer = await api.ask(ENDPOINTS["write"], packed)
+        assert check("write", answer.status, answer.body)["reason"] == "node_key_unknown"
+
+    api(test, bounds=BOUNDS)
+
+
 DEEP = b"[" * 3000 + b"]" * 3000
 WRONG_MEMBERS: dict[str, list[bytes]] = {
     "enroll": [
