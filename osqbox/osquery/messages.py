@@ -20,6 +20,10 @@ GZIP_MAGIC = b"\x1f\x8b"
 KEY_MAX_CHARS = 1024
 LOG_TYPES = ("result", "status")
 GZIP_MEMBERS = 16
+DEPTH_MAX = 64
+"""Levels of JSON; osquery itself reads 32."""
+ONE_KIND = bytes.maketrans(b"{}", b"[]")
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 VALUES_MAX = 6_000_000
 """Values in one body: a list of nothing much takes twenty times its length in memory."""
 VALUES_COUNTED_BYTES = 1024 * 1024
@@ -128,7 +132,7 @@ def decode(body: bytes, shape: type[M]) -> M:
     if len(body) > VALUES_COUNTED_BYTES and sum(body.count(mark) for mark in b",[{") > VALUES_MAX:
         raise Refused("too_large", f"body: expected at most {VALUES_MAX} JSON values", status=413)
     try:
-        return msgspec.json.decode(body, type=shape)
+        message = msgspec.json.decode(body, type=shape)
     except msgspec.ValidationError as error:
         raise Refused("wrong_type", f"body: {error}") from None
     except UnicodeDecodeError:
@@ -136,7 +140,27 @@ def decode(body: bytes, shape: type[M]) -> M:
     except msgspec.DecodeError as error:
         raise Refused("bad_json", f"body: {error}") from None
     except RecursionError:
-        raise Refused("too_deep", "body: JSON nested deeper than is read") from None
+        raise _too_deep() from None
+    if _is_deeper_than(body, DEPTH_MAX):  # how deep msgspec itself goes depends on the Python version
+        raise _too_deep()
+    return message
+
+
+def _too_deep() -> Refused:
+    return Refused("too_deep", f"body: expected at most {DEPTH_MAX} levels of JSON")
+
+
+def _is_deeper_than(valid: bytes, levels: int) -> bool:
+    """Whether valid JSON nests deeper: without its strings, each pass over its brackets takes one level off."""
+    if valid.count(b"[") + valid.count(b"{") <= levels:
+        return False
+    brackets = b"".join(valid.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    brackets = brackets.translate(ONE_KIND, NO_BRACKETS)
+    for _ in range(levels):
+        if not brackets:
+            return False
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
 
 
 def as_utf8(body: bytes) -> bytes:

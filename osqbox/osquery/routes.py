@@ -65,6 +65,7 @@ class OsqueryApi:
         self._new_id = new_id
         self._configs = _ConfigCache()
         self._parsers = trio.CapacityLimiter(PARSER_THREADS)
+        self._not_utf8: set[str] = set()
         self._served: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
@@ -205,18 +206,30 @@ class OsqueryApi:
         await self._store.write(lambda tx: tx.emit("config_served", tenant=node.tenant, node=node.id, sha1=digest))
 
     async def _log(self, request: Request, found: Route) -> Response:
-        def parse(body: bytes) -> tuple[LogBatch, list[messages.LogLine], bytes, int]:
-            batch = messages.decode(messages.as_utf8(body), LogBatch)
-            return batch, messages.log_lines(batch), protocol.body_digest("log", body), len(body)
+        def parse(body: bytes) -> tuple[LogBatch, list[messages.LogLine], bytes, int, bool]:
+            text = messages.as_utf8(body)
+            batch = messages.decode(text, LogBatch)
+            return batch, messages.log_lines(batch), protocol.body_digest("log", body), len(body), text == body
 
-        batch, lines, digest, size_bytes = await self._parse(request, found, parse)
+        batch, lines, digest, size_bytes, is_utf8 = await self._parse(request, found, parse)
         node = self._node(request, found, batch.node_key)
+        if not is_utf8:
+            self._refuse_once(node)
         await self._store.write(
             lambda tx: logs.receive(tx, node, batch.log_type, lines, digest, request.peer.connection),
             bulk=True,
             weight_bytes=size_bytes,
         )
         return protocol.success()
+
+    def _refuse_once(self, node: Node) -> None:
+        """A node's first batch that is not UTF-8 stays with the agent; refused for ever it would block its logs."""
+        if node.id in self._not_utf8:
+            return
+        if len(self._not_utf8) >= SERVED_REMEMBERED:
+            self._not_utf8.clear()
+        self._not_utf8.add(node.id)
+        raise Refused("invalid_utf8", "data: expected UTF-8; sent again, other bytes are stored as U+FFFD")
 
     async def _read(self, request: Request, found: Route) -> Response | None:
         key = await self._key(request, found)

@@ -95,9 +95,9 @@ def box(directory: Path, *flags: str) -> Iterator[dict[str, Any]]:
     ready_file.unlink(missing_ok=True)
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "osqbox", "serve", "--data", str(directory / "data"), "--certs", str(directory / "certs"),
-         "--agents-port", "0", "--operator-port", "0", "--ready-file", str(ready_file), "-q", *flags],
-        preexec_fn=_on(CORES[0]),
+        [sys.executable, "-m", "osqbox", "serve",
+         "--data", str(directory / "data"), "--certs", str(directory / "certs"), "--agents-port", "0", "--operator-port", "0", "--ready-file", str(ready_file), "-q", *flags],
+        preexec_fn=_on(CORES[0]),  # noqa: PLW1509 - nothing else runs yet
     )  # fmt: skip
     try:
         while not ready_file.exists():
@@ -116,7 +116,8 @@ def yardstick(code: str, certs: Path) -> Iterator[tuple[int, int]]:
     """A yardstick server on the first core; yields port and pid."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(certs / "server.pem"), str(certs / "server.key")],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=_on(CORES[0]),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=_on(CORES[0]),  # noqa: PLW1509 - nothing else runs yet
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -187,8 +188,8 @@ class Load:
 
 def request(path: str, body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def post(ready: dict[str, Any], path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +230,9 @@ def bench_reads(directory: Path, seconds: float) -> None:
         stdlib_new = Load(port, str(certs / "ca.pem")).new_connections(message, seconds)
     print(f"empty distributed/read, TLS, keep-alive: {ours_kept:,.0f}/s")
     print(f"    bare Hypercorn-Trio {bare_kept:,.0f}/s: ratio {ours_kept / bare_kept:.2f}")
-    print(f"    standard library, which closes each connection, {stdlib_new:,.0f}/s: ratio {ours_kept / stdlib_new:.2f}")
+    print(
+        f"    standard library, which closes each connection, {stdlib_new:,.0f}/s: ratio {ours_kept / stdlib_new:.2f}"
+    )
     print(f"empty distributed/read, TLS, new connection each: {ours_new:,.0f}/s")
     print(f"    bare Hypercorn-Trio {bare_new:,.0f}/s: ratio {ours_new / bare_new:.2f}")
     print(f"    standard library {stdlib_new:,.0f}/s: ratio {ours_new / stdlib_new:.2f}")
@@ -294,14 +297,16 @@ def bench_start(directory: Path, _seconds: float) -> None:
             begun = time.perf_counter()
         stops.append(time.perf_counter() - begun)
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import trio, hypercorn.trio, quart_trio"], check=True, preexec_fn=_on(CORES[0]))
+    subprocess.run(
+        [sys.executable, "-c", "import trio, hypercorn.trio, quart_trio"], check=True, preexec_fn=_on(CORES[0])
+    )
     imports_s = time.perf_counter() - begun
     with yardstick(BARE, directory / "certs") as (_, pid):
         time.sleep(0.5)
         bare = rss_mib(pid)
-    middle = statistics.median(starts)
+    middle, stop_ms = statistics.median(starts), statistics.median(stops) * 1000
     print(f"serve, start to ready: {middle * 1000:.0f} ms (median of 5); importing trio, hypercorn, quart_trio alone "
-          f"{imports_s * 1000:.0f} ms: ratio {middle / imports_s:.2f}; stop {statistics.median(stops) * 1000:.0f} ms")  # fmt: skip
+          f"{imports_s * 1000:.0f} ms: ratio {middle / imports_s:.2f}; stop {stop_ms:.0f} ms")  # fmt: skip
     print(f"idle memory: {memory:.1f} MiB; bare Hypercorn-Trio {bare:.1f} MiB: ratio {memory / bare:.2f}")
 
 
@@ -314,7 +319,9 @@ def bench_live(directory: Path, seconds: float) -> None:
 
 
 def _ask_held_node(ready: dict[str, Any], key: str, count: int) -> list[float]:
-    agent = subprocess.Popen([sys.executable, __file__, "--held-agent", json.dumps({**ready, "key": key, "count": count})])
+    agent = subprocess.Popen(
+        [sys.executable, __file__, "--held-agent", json.dumps({**ready, "key": key, "count": count})]
+    )
     url = urlsplit(ready["operator"])
     connection = http.client.HTTPConnection("127.0.0.1", url.port, timeout=30)
     headers = {"Authorization": f"Bearer {ready['token']}", "Content-Type": "application/json"}
@@ -356,7 +363,9 @@ def held_agent(ready: dict[str, Any]) -> None:
     answered = 0
     while answered < ready["count"]:
         for name in call("distributed/read", {"node_key": ready["key"]})["queries"]:
-            call("distributed/write", {"node_key": ready["key"], "queries": {name: [{"1": "1"}]}, "statuses": {name: 0}})
+            call(
+                "distributed/write", {"node_key": ready["key"], "queries": {name: [{"1": "1"}]}, "statuses": {name: 0}}
+            )
             answered += 1
 
 

@@ -443,6 +443,10 @@ def test_bytes_of_a_host_that_are_no_utf8_do_not_stop_its_logs_or_answers(api: R
     async def test(api: Any) -> None:
         key = (await api.enroll()).encode()
         body = b'{"log_type":"result","data":[{"snapshot":[{"path":"caf\xe9"}]}],"node_key":"%s"}' % key
+        refused = await api.tell("/log", body)
+        assert "UTF-8" in refused["error"]
+        assert "node_invalid" not in refused
+        assert kept(api) == []
         assert await api.tell("/log", body) == FINE
         assert json.loads(kept(api)[0])["snapshot"] == [{"path": "caf�"}]
         campaign = await ask_all(api)

@@ -17,12 +17,14 @@ from osqbox.errors import Refused
 from osqbox.osquery import messages
 from osqbox.osquery.carves import block_data
 from osqbox.osquery.messages import (
+    DEPTH_MAX,
     Answer,
     CarveBegin,
     CarveBlock,
     Keyed,
     LogBatch,
     WriteBody,
+    _is_deeper_than,
     answers,
     as_utf8,
     decode,
@@ -274,6 +276,28 @@ def test_a_line_that_is_no_object_is_named(bad: bytes) -> None:
 def test_an_unknown_log_type_is_refused(log_type: str) -> None:
     with pytest.raises(Refused, match="log_type: expected result or status"):
         lines_of(b"[]", log_type)
+
+
+@given(
+    st.recursive(st.text('ab[]{}"\\\\', max_size=4), lambda inner: st.lists(inner, max_size=3), max_leaves=12),
+    st.integers(0, 6),
+)
+def test_depth_is_counted_outside_of_strings(value: Any, levels: int) -> None:
+    def depth(of: Any) -> int:
+        return 1 + max(map(depth, of), default=0) if isinstance(of, list) else 0
+
+    for encoded in (json.dumps(value).encode(), json.dumps(value, indent=1).encode()):
+        assert _is_deeper_than(encoded, levels) is (depth(value) > levels)
+
+
+@pytest.mark.parametrize("levels", [DEPTH_MAX, DEPTH_MAX + 1])
+def test_a_body_nests_no_deeper_than_is_read(levels: int) -> None:
+    body = b'{"a":' * levels + b"1" + b"}" * levels
+    if levels <= DEPTH_MAX:
+        assert "a" in decode(body, dict[str, Any])
+    else:
+        with pytest.raises(Refused, match="levels of JSON"):
+            decode(body, dict[str, Any])
 
 
 def test_bytes_of_a_host_that_are_no_utf8_are_replaced() -> None:
