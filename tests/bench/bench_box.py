@@ -96,7 +96,8 @@ def box(directory: Path, *flags: str) -> Iterator[dict[str, Any]]:
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "osqbox", "serve",
-         "--data", str(directory / "data"), "--certs", str(directory / "certs"), "--agents-port", "0", "--operator-port", "0", "--ready-file", str(ready_file), "-q", *flags],
+         "--data", str(directory / "data"), "--certs", str(directory / "certs"), "-q",
+         "--agents-port", "0", "--operator-port", "0", "--ready-file", str(ready_file), *flags],
         preexec_fn=_on(CORES[0]),  # noqa: PLW1509 - nothing else runs yet
     )  # fmt: skip
     try:

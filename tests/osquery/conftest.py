@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h11
 import pytest
@@ -89,6 +89,12 @@ class World:
         self._ids = itertools.count(1)
         self.do(tenants.create, tenants.DEFAULT, TenantOptions())
         self.do(tenants.add_secret, tenants.DEFAULT, SECRET)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.db.close()
 
     def new_id(self) -> str:
         return f"id-{next(self._ids)}"

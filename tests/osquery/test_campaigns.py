@@ -289,35 +289,37 @@ def test_looking_for_work_uses_an_index(world: Any) -> None:
 @given(st.data())
 def test_no_target_is_ever_lost(kit: Any, data: st.DataObject) -> None:
     """Whatever nodes, operator and clock do in whatever order: each target is open or has ended once, and all end."""
-    world = kit.World()
-    fleet = [world.node(name) for name in ("a", "b")]
-    made: list[Any] = []
-    for _ in range(data.draw(st.integers(1, 25))):
-        step = data.draw(st.sampled_from(("start", "read", "write", "late", "cancel", "wait", "remove")))
-        node = data.draw(st.sampled_from(fleet))
-        if step == "start":
-            made.append(start(world, timeout_s=data.draw(st.sampled_from((1, 5))), everyone=True))
-        elif step == "read":
-            world.do(campaigns.offer, node)
-        elif step in ("write", "late") and made:
-            world.do(campaigns.write, node, [answer(data.draw(st.sampled_from(made)), ok=step == "write")])
-        elif step == "cancel" and made:
-            world.do(campaigns.cancel, data.draw(st.sampled_from(made)).id)
-        elif step == "wait":
-            world.now += data.draw(st.sampled_from((0.5, 2, 6)))
-            world.do(campaigns.expire)
-        elif step == "remove":
-            world.do(campaigns.cancel_for_node, node.id)
-    world.now += 10
-    world.do(campaigns.expire)
-    for campaign in made:
-        summary = campaigns.get(world.db, campaign.id).summary()
-        assert summary["open"] == 0
-        assert (
-            sum(summary[state] for state in ("answered", "failed", "expired", "cancelled")) == summary["targets"] == 2
-        )
-        orders = [ended.order for ended in campaigns.ended_after(world.db, campaign.id, 0)]
-        assert orders == list(itertools.islice(itertools.count(1), 2))
-    ended = [event for event in world.events if event.kind == "target_ended"]
-    assert len(ended) == 2 * len(made)
-    assert len([event for event in world.events if event.kind == "campaign_ended"]) == len(made)
+    with kit.World() as world:
+        fleet = [world.node(name) for name in ("a", "b")]
+        made: list[Any] = []
+        for _ in range(data.draw(st.integers(1, 25))):
+            step = data.draw(st.sampled_from(("start", "read", "write", "late", "cancel", "wait", "remove")))
+            node = data.draw(st.sampled_from(fleet))
+            if step == "start":
+                made.append(start(world, timeout_s=data.draw(st.sampled_from((1, 5))), everyone=True))
+            elif step == "read":
+                world.do(campaigns.offer, node)
+            elif step in ("write", "late") and made:
+                world.do(campaigns.write, node, [answer(data.draw(st.sampled_from(made)), ok=step == "write")])
+            elif step == "cancel" and made:
+                world.do(campaigns.cancel, data.draw(st.sampled_from(made)).id)
+            elif step == "wait":
+                world.now += data.draw(st.sampled_from((0.5, 2, 6)))
+                world.do(campaigns.expire)
+            elif step == "remove":
+                world.do(campaigns.cancel_for_node, node.id)
+        world.now += 10
+        world.do(campaigns.expire)
+        for campaign in made:
+            summary = campaigns.get(world.db, campaign.id).summary()
+            assert summary["open"] == 0
+            assert (
+                sum(summary[state] for state in ("answered", "failed", "expired", "cancelled"))
+                == summary["targets"]
+                == 2
+            )
+            orders = [ended.order for ended in campaigns.ended_after(world.db, campaign.id, 0)]
+            assert orders == list(itertools.islice(itertools.count(1), 2))
+        ended = [event for event in world.events if event.kind == "target_ended"]
+        assert len(ended) == 2 * len(made)
+        assert len([event for event in world.events if event.kind == "campaign_ended"]) == len(made)

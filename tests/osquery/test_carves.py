@@ -81,18 +81,17 @@ def test_a_carve_arrives_whole(world: Any) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_order_and_repetition_makes_the_same_file(kit: Any, data: st.DataObject) -> None:
-    world = kit.World()
-    content = data.draw(st.binary(max_size=60))
-    block_bytes = data.draw(st.integers(1, 20))
-    count = -(-len(content) // block_bytes)
-    numbers = data.draw(st.permutations(list(range(count)) * data.draw(st.integers(1, 3))))
-    session = carve(world, world.node(), content, block_bytes, order=numbers)
-    facts = carves.get(world.db, session)
-    assert facts["status"] == "complete"
-    assert facts["received_blocks"] == count
-    assert facts["sha256"] == hashlib.sha256(content).hexdigest()
-    assert world.kinds().count("carve_completed") == 1
-    world.db.close()
+    with kit.World() as world:
+        content = data.draw(st.binary(max_size=60))
+        block_bytes = data.draw(st.integers(1, 20))
+        count = -(-len(content) // block_bytes)
+        numbers = data.draw(st.permutations(list(range(count)) * data.draw(st.integers(1, 3))))
+        session = carve(world, world.node(), content, block_bytes, order=numbers)
+        facts = carves.get(world.db, session)
+        assert facts["status"] == "complete"
+        assert facts["received_blocks"] == count
+        assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+        assert world.kinds().count("carve_completed") == 1
 
 
 def test_numbers_may_be_text(world: Any) -> None:
@@ -367,11 +366,10 @@ def test_no_damaged_archive_raises_anything_but_bad_usage(kit: Any, data: st.Dat
     raw = bytearray(data.draw(st.sampled_from((tar(a=b"abc", b=b""), pax(comment="c", size="3")))))
     for _ in range(data.draw(st.integers(1, 6))):
         raw[data.draw(st.integers(0, min(1600, len(raw) - 1)))] = data.draw(st.integers(0, 255))
-    world = kit.World()
-    session = carve(world, world.node(), bytes(raw), 100_000)
-    try:
-        carves.members(world.db, session)
-    except BadUsage:
-        pass
-    finally:
-        world.db.close()
+    with kit.World() as world:
+        session = carve(world, world.node(), bytes(raw), 100_000)
+        try:
+            carves.members(world.db, session)
+        except BadUsage:
+            pass
+        finally:
