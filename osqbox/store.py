@@ -130,6 +130,7 @@ class Store:
         self._readers = trio.CapacityLimiter(READER_THREADS)
         self._writer_thread = trio.CapacityLimiter(1)
         self._idle_readers: deque[sqlite3.Connection] = deque()
+        self._closed = False
         self._commits = 0
         self._jobs = 0
 
@@ -200,6 +201,8 @@ class Store:
             db.close()  # a statement left half-read would keep this connection in the past
             raise
         self._idle_readers.append(db)
+        if self._closed:  # while this read was under way
+            self._close_readers()
         return value
 
     def peek(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -302,11 +305,17 @@ class Store:
             self._close_connections()
 
     def _close_connections(self) -> None:
-        for db in (*self._idle_readers, self._peek_db, self._write_db):
+        self._closed = True
+        self._close_readers()
+        for db in (self._peek_db, self._write_db):
             if db is not None:
                 db.close()
-        self._idle_readers.clear()
         self._peek_db = self._write_db = None
+
+    def _close_readers(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._idle_readers.pop().close()
 
 
 def count_dropped(tx: Tx, kind: str, count: int) -> None:
