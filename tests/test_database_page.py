@@ -6,7 +6,10 @@ import os
 import re
 import sqlite3
 import textwrap
+from contextlib import closing
 from pathlib import Path
+
+import trio
 
 from osqbox import tenants
 from osqbox.clock import SystemClock
@@ -26,20 +29,26 @@ Retention drops what is beyond its bounds, oldest first, and counts it in `store
 """
 
 
+async def make_database(path: Path) -> None:
+    store = Store.open(path, (tenants.migrations, migrations), SystemClock(), Feed())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.writer)
+        await store.aclose()
+
+
 def page_of(path: Path) -> str:
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db:
         rows = db.execute(
             "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%' ORDER BY name"
         ).fetchall()
-    db.close()
     parts = [f"## {name}\n\n```sql\n{textwrap.dedent(' ' * 8 + sql).strip()}\n```\n" for name, sql in rows]
     return HEAD + "\n" + "\n".join(parts)
 
 
 def test_the_page_shows_every_table_as_it_is(tmp_path: Path) -> None:
     """A changed table needs a changed page; OSQBOX_GOLDEN=write makes it."""
-    store = Store.open(tmp_path / "osqbox.db", (tenants.migrations, migrations), SystemClock(), Feed())
-    page = page_of(store.path)
+    trio.run(make_database, tmp_path / "osqbox.db")
+    page = page_of(tmp_path / "osqbox.db")
     if os.environ.get("OSQBOX_GOLDEN") == "write":
         PAGE.write_text(page)
     assert PAGE.read_text() == page
