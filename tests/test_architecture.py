@@ -43,7 +43,11 @@ WORLD_CALLS = {
 }  # fmt: skip
 
 OPENS_SQLITE = {"sqlite3.connect", "sqlite_utils.Database", "Database", "apsw.Connection"}
-MAY_OPEN_SQLITE = {"store.py": OPENS_SQLITE, "agent/store.py": {"sqlite3.connect"}}
+MAY_OPEN_SQLITE = {
+    "store.py": OPENS_SQLITE,
+    "agent/store.py": {"sqlite3.connect"},
+    "agent/constructed.py": {"sqlite3.connect"},
+}
 IN_MEMORY = ":memory:"
 
 MAY_IMPORT_BOX = {"cli", "testing", "__main__.py"}

@@ -9,21 +9,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import stat
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from osqbox.agent import logs, messages
-from osqbox.agent.sql import Context, Row, TableSource, source
-from osqbox.agent.tables.files import resolve
+from osqbox.agent.sql import Context, Row, TableSource
+from osqbox.agent.tables.contents import Contents, MachineContents, tar_member
 
 if TYPE_CHECKING:
     from osqbox.agent.client import Core, Failure, Thread
+    from osqbox.agent.flags import Flags
     from osqbox.agent.store import Store
 
 DOMAIN = "carves"
@@ -86,7 +85,18 @@ class Discard:
 class Carves:
     """All carves an agent knows. Query threads add to it, the carver's thread works it off."""
 
-    def __init__(self, store: Store, *, new_id: Callable[[], str], now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        new_id: Callable[[], str],
+        now: Callable[[], float],
+        flags: Flags | None = None,
+        contents: Contents | None = None,
+    ) -> None:
+        """Without ``flags`` the function ``carve`` is disabled, as by default; without ``contents``: this machine's."""
+        self.contents = contents or MachineContents()
+        self._flags = flags
         self._store = store
         self._new_id = new_id
         self._now = now
@@ -99,7 +109,14 @@ class Carves:
             self._carves[guid] = replace(kept, status=SCHEDULED) if unfinished else kept
 
     def tables(self) -> dict[str, TableSource]:
-        return {"carves": source(self._rows, "path", "carve", "carve_guid")}
+        return {"carves": TableSource(self._rows, frozenset({"path", "carve", "carve_guid"}), self._gather)}
+
+    def _gather(self, paths: Sequence[str], warn: Callable[[str], None]) -> str:
+        """The SQL function. Its text is cut to 13 characters, as upstream's."""
+        if self._flags is None or self._flags.true("carver_disable_function"):
+            return "Carve Failed: function disabled"[:13]
+        guid = self._schedule(list(paths), warn)
+        return f"Carve Started: {guid}"[:13] if guid else "Carve Failed: nothing to carve"[:13]
 
     def _rows(self, context: Context) -> Iterator[Row]:
         if context.equal_to("carve") == "1":
@@ -111,16 +128,20 @@ class Carves:
 
     def _ask(self, context: Context) -> None:
         path, like = context.equal_to("path"), context.like("path")
-        paths = [path] if path else list(resolve(like, context)) if like else []
+        paths = [path] if path else list(self.contents.find(like, context)) if like else []
+        self._schedule(paths, context.warn)
+
+    def _schedule(self, paths: Sequence[str], warn: Callable[[str], None]) -> str:
+        """The new carve's guid; empty when there is nothing to carve, or no room."""
         if not paths:
-            return
+            return ""
         with self._lock:
             if len(self._carves) >= MAX_CARVES:
-                context.warn(f"Too many carves: {MAX_CARVES} are kept already")
-                return
+                warn(f"Too many carves: {MAX_CARVES} are kept already")
+                return ""
             guid = self._new_id()
-            carve = Carve(guid, self._new_id(), ",".join(paths), int(self._now()))
-            self._carves[guid] = carve
+            self._carves[guid] = Carve(guid, self._new_id(), ",".join(paths), int(self._now()))
+        return guid
 
     def scheduled(self) -> list[Carve]:
         with self._lock:
@@ -178,6 +199,8 @@ def _carry_out(core: Core, carves: Carves, carve: Carve) -> Thread[None]:
     sent = yield from _upload(core, carve, packed)
     yield Discard(carve.carve_guid)
     carves.save(replace(carve, status=SUCCESS if sent else POST_FAILED))
+    if not sent:
+        core.status(logs.WARNING, "carver.cpp", f"Carve {carve.carve_guid} failed: the server did not take all of it")
     core.events.append(("carved", {"carve_guid": carve.carve_guid, "status": SUCCESS if sent else POST_FAILED}))
 
 
@@ -194,10 +217,12 @@ def _upload(core: Core, carve: Carve, packed: Archived) -> Thread[bool]:
         request_id=carve.request_id,
         node_key=core.node_key,
     )
-    command = Send("carve_start", core.endpoints.carve_start, start, core.node_key)
+    path = yield from core.located("carve_start", core.endpoints.carve_start)
+    command = Send("carve_start", path, start, core.node_key)
     session = yield from _try(core, command, messages.carve_session)
     if not session:
         return False
+    path = yield from core.located("carve_block", core.endpoints.carve_block)
     for number in range(count):
         data = yield ReadBlock(carve.carve_guid, number * block_size, block_size)
         if not isinstance(data, bytes):
@@ -208,7 +233,7 @@ def _upload(core: Core, carve: Carve, packed: Archived) -> Thread[bool]:
             request_id=carve.request_id,
             data_base64=base64.b64encode(data).decode(),
         )
-        command = Send("carve_block", core.endpoints.carve_block, body, core.node_key)
+        command = Send("carve_block", path, body, core.node_key)
         # Any JSON object is an acceptance, an ``error`` in it too.
         accepted = yield from _try(core, command, lambda b: "" if messages.read_members(b) is None else "yes")
         if not accepted:
@@ -241,6 +266,7 @@ def build_archive(
     *,
     compress: bool = False,
     temporary: str = "/tmp",  # noqa: S108
+    contents: Contents | None = None,
 ) -> Archived:
     """A pax tar, as a whole zstd when compressed; members keep their metadata under upstream's carve directory.
 
@@ -248,44 +274,33 @@ def build_archive(
     grows over MAX_ARCHIVE_BYTES.
     """
     prefix = f"{temporary}/osquery_carve_{guid}"
+    contents = contents or MachineContents()
     with target.open("wb") as plain:
         target.chmod(0o600)
         if compress:
             import zstandard
 
             with zstandard.ZstdCompressor().stream_writer(plain, closefd=False) as packed:
-                _pack(packed, prefix, paths)
+                _pack(packed, prefix, paths, contents)
         else:
-            _pack(plain, prefix, paths)
+            _pack(plain, prefix, paths, contents)
     return Archived(target.stat().st_size, _file_sha256(target))
 
 
-def _pack(out: IO[bytes], prefix: str, paths: Iterable[str]) -> None:
+def _pack(out: IO[bytes], prefix: str, paths: Iterable[str], contents: Contents) -> None:
     total = 0
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for path in paths:
-            content = _open_regular(path)
-            if content is None:
+            opened = contents.open(path)
+            if opened is None:
                 continue
-            with content:
-                member = archive.gettarinfo(arcname=path, fileobj=content)
+            with opened.content:
+                member = tar_member(archive, path, opened)
                 total += member.size
                 if total > MAX_ARCHIVE_BYTES:
                     raise OSError(f"more than {MAX_ARCHIVE_BYTES} bytes to carve")
-                member.name = prefix + path
-                archive.addfile(member, content)
-
-
-def _open_regular(path: str) -> IO[bytes] | None:
-    """The file open for reading; None for anything that is no regular file or cannot be read."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        return None
-    return os.fdopen(handle, "rb")
+                member.name = f"{prefix}/{path.lstrip('/')}"
+                archive.addfile(member, opened.content)
 
 
 def _file_sha256(path: Path) -> str:

@@ -5,6 +5,9 @@
 yet one driver may run it in a Trio task, another thousands of them from one heap, and a test by hand. The driver
 sets ``core.now`` before each resumption; clocks, randomness and identifiers come from outside.
 
+Where a flag names a plugin other than ``tls`` (config, logger, distributed), the core yields a `Call` instead of a
+`Send`; such an agent runs the thread ``log_relay`` too.
+
 Upstream: osquery/{remote/enroll/enroll,remote/utility,config/config,dispatcher/*,distributed/distributed}.cpp and
 plugins/{remote/enroll,config,logger,distributed}/tls_*.cpp.
 """
@@ -13,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from osqbox.agent import logs, messages, schedule
+from osqbox.agent import constructed, logs, messages, schedule, views
 from osqbox.agent.flags import Flags
 from osqbox.agent.functions import SqlValue
 from osqbox.agent.messages import Answer, Endpoints, Reply
@@ -27,7 +31,15 @@ from osqbox.errors import BadSetup
 
 MAX_UNSENT_ANSWER_BYTES = 64 * 1024 * 1024
 ACCELERATED_INTERVAL_S = 5
+MAX_RELAYED = 100_000
+"""Log lines that wait for a logger plugin; over it the oldest are dropped and counted."""
+DENYLIST_S = 86_400
+TLS = "tls"
+TLS_SOURCE = "tls_plugin"
 _ENROLL_POLL_S = 1.0
+_BACKUP = "config_persistence."
+_EXECUTING = "executing_query"
+_DENYLIST = "schedule_denylist"
 
 # Domains of the store.
 SETTINGS, QUERIES, WORK, RUNNING = "configurations", "queries", "distributed", "distributed_running"
@@ -38,7 +50,7 @@ SETTINGS, QUERIES, WORK, RUNNING = "configurations", "queries", "distributed", "
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """POST ``body`` to ``path``; the outcome is the reply's body, or a `Failure`."""
+    """Send ``body`` to ``path``; the outcome is the reply's body, or a `Failure`."""
 
     call: str
     """``enroll``, ``config``, ``log``, ``read``, ``write``, ``carve_start`` or ``carve_block``."""
@@ -47,6 +59,23 @@ class Send:
     node_key: str = ""
     """For the Authorization header; empty is no header."""
     compress: bool = False
+    method: str = "POST"
+    """``GET`` only for the config with --tls_node_api; without a body then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Ask a plugin that is not the tls one, as the registry does (reference: registry, plugin, request).
+
+    The outcome is the rows it answers, or a `Failure`. ``config``: ``{"action": "genConfig"}`` brings one row, source
+    -> JSON, and ``{"action": "genPack", "name", "value"}`` name -> JSON. ``distributed``: ``{"action": "getQueries"}``
+    brings ``{"results": JSON}``; ``{"action": "writeResults", "results": JSON}`` brings nothing. ``logger``:
+    ``{"string": line, "category": "event"}``, ``{"snapshot": line}``, ``{"status": "true", "log": JSON}``.
+    """
+
+    registry: str
+    plugin: str
+    request: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +105,7 @@ class Failure:
     message: str
 
 
-Command = Send | Sleep | Query | HostDetails | Any
+Command = Send | Call | Sleep | Query | HostDetails | Any
 """Any: other parts of an agent (the carver) have commands of their own."""
 T = TypeVar("T")
 Thread = Generator[Command, Any, T]
@@ -98,6 +127,8 @@ class Identity:
     ephemeral_id: str
     pid: int
     started: float
+    platform_type: int = messages.LINUX
+    """Bits of platform_type.h: 9 is Linux, 21 macOS, 2 Windows."""
 
 
 @dataclass(slots=True)
@@ -144,7 +175,16 @@ class EnrollmentFailed(BadSetup):
         super().__init__(f"cannot enroll at {uri}: {reason}", hint="osqbox doctor")
 
 
+class ConfigUnavailable(BadSetup):
+    """No config at the start, where the caller asked for the older rule that this ends the program."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(f"cannot retrieve a configuration from {uri}: {reason}", hint="osqbox doctor")
+
+
 class Core:
+    """``config_plugin``, ``logger_plugins`` and ``distributed_plugin`` are ``tls`` until somebody says otherwise."""
+
     def __init__(
         self,
         identity: Identity,
@@ -164,6 +204,10 @@ class Core:
         self.config = schedule.Config()
         self.config_hash = ""
         self.config_valid = False
+        self.views: Mapping[str, str] = {}
+        """Of the config, name -> SQL; replaced whole."""
+        self.constructed: Mapping[str, constructed.Constructed] = {}
+        """Of the config, by name; replaced whole."""
         self.performance: Mapping[str, Performance] = {}
         self.pack_active: dict[str, bool] = {}
         self.buffer = logs.Buffer(store)
@@ -171,9 +215,22 @@ class Core:
         """Names of things that happened; the driver wakes those who sleep on them, and clears the list."""
         self.events: list[tuple[str, dict[str, Any]]] = []
         """For whoever watches; the driver passes them on, and clears the list."""
+        self.config_plugin = TLS
+        self.logger_plugins: tuple[str, ...] = (TLS,)
+        self.distributed_plugin = TLS
+        self.config_error = ""
+        """Why the last attempt to get a config failed; empty when it did not."""
+        self.denylist: dict[str, int] = self._restored_denylist()
+        """Scheduled queries that are skipped, with the time at which that ends."""
         self._enroll_secret = enroll_secret
         self._rng = rng
-        self._source_hash = ""
+        self._sources: dict[str, Mapping[str, Any]] = {}
+        self._source_hashes: dict[str, str] = {}
+        self._pushed: list[tuple[str, str]] = []
+        self._config_pause_s = flags.integer("config_refresh")
+        self._paths: dict[str, str] = {}
+        self._relayed: deque[tuple[str, Mapping[str, str]]] = deque()
+        self._relayed_dropped = 0
         self._decorations = _Decorations()
         self._discovery: dict[str, tuple[float, bool]] = {}
         self._enrolling = False
@@ -210,32 +267,71 @@ class Core:
             queries_run=self._queries_run,
             answers_unsent=len(self._answers),
             lines_waiting=len(self.buffer),
-            lines_dropped=self.buffer.dropped,
+            lines_dropped=self.buffer.dropped + self._relayed_dropped,
         )
 
     # -- saying things about itself ------------------------------------------------------------------------------
 
-    def status(self, severity: int, filename: str, message: str) -> None:
+    def status(self, severity: int, filename: str, message: str, *, verbose: bool = False) -> None:
         """Log a line about the agent itself. Source lines of upstream are not imitated: the number is 0."""
-        self._event("status", severity=severity, message=message)
-        if self.flags.true("tls_disable_status_log") or severity < self.flags.integer("logger_min_status"):
+        self._event("status", severity=severity, message=message, filename=filename, verbose=verbose, at=self.now)
+        if severity < self.flags.integer("logger_min_status"):
             return
-        line = logs.status_line(
-            logs.Status(severity, filename, 0, message),
-            host_identifier=self.host_identifier,
-            now=self.now,
-            decorations=self._decorated(),
-        )
-        self._log(logs.STATUS, line)
+        said = logs.Status(severity, filename, 0, message)
+        if TLS in self.logger_plugins and not self.flags.true("tls_disable_status_log"):
+            line = logs.status_line(
+                said, host_identifier=self.host_identifier, now=self.now, decorations=self._decorated()
+            )
+            self._buffer(logs.STATUS, line)
+        if self._relays:
+            entry = logs.status_entry(said, host_identifier=self.host_identifier, now=self.now)
+            self._relay({"status": "true", "log": f"[{entry}]"})
 
-    def _log(self, kind: str, line: str) -> None:
-        limit = self.flags.integer("logger_tls_max_linesize")
-        if len(line.encode("utf-8", "replace")) > limit:
+    def verbose(self, filename: str, message: str) -> None:
+        """What osqueryd only says with --verbose."""
+        self._status_when_verbose(logs.INFO, filename, message)
+
+    def _status_when_verbose(self, severity: int, filename: str, message: str) -> None:
+        if self.flags.true("verbose"):
+            self.status(severity, filename, message, verbose=True)
+
+    def _log_result(self, line: str, *, snapshot: bool) -> None:
+        if TLS in self.logger_plugins:
+            self._buffer(logs.RESULT, line)
+        self._relay({"snapshot": line} if snapshot else {"string": line, "category": "event"})
+
+    def _buffer(self, kind: str, line: str) -> None:
+        size_bytes = len(line.encode("utf-8", "replace"))
+        if size_bytes > self.flags.integer("logger_tls_max_linesize"):
             self._event("line_dropped", kind=kind)
             if kind == logs.RESULT:
-                self.status(logs.WARNING, "tls_logger.cpp", f"Linesize exceeds TLS logger maximum: {limit}")
+                self.status(logs.WARNING, "tls_logger.cpp", f"Linesize exceeds TLS logger maximum: {size_bytes}")
             return
         self.buffer.add(kind, line, self.now, self.flags.integer("buffered_log_max"))
+
+    # -- loggers other than tls ----------------------------------------------------------------------------------
+
+    @property
+    def _relays(self) -> list[str]:
+        return [plugin for plugin in self.logger_plugins if plugin != TLS]
+
+    def _relay(self, request: Mapping[str, str]) -> None:
+        for plugin in self._relays:
+            self._relayed.append((plugin, request))
+            self._wake("relay")
+        while len(self._relayed) > MAX_RELAYED:
+            self._relayed.popleft()
+            self._relayed_dropped += 1
+
+    def log_relay(self) -> Thread[None]:
+        """Hand every line to the logger plugins that are not tls, in order. One that fails loses its line."""
+        while True:
+            while self._relayed:
+                plugin, request = self._relayed.popleft()
+                outcome = yield Call("logger", plugin, request)
+                if isinstance(outcome, Failure):
+                    self._event("call_failed", call="logger", reason=outcome.message)
+            yield Sleep(60.0, wake="relay")
 
     def _event(self, kind: str, /, **details: Any) -> None:
         self.events.append((kind, details))
@@ -246,9 +342,19 @@ class Core:
     # -- enrollment ----------------------------------------------------------------------------------------------
 
     def enroll(self) -> Thread[None]:
-        """What the first thread does before all others. Raises EnrollmentFailed."""
+        """What the first thread does before all others. Raises EnrollmentFailed.
+
+        Without the tls logger, or with --disable_enrollment, the agent runs on with a blank key. Where no plugin is a
+        tls one, nobody asks for a key.
+        """
+        always = self.config_plugin == TLS and self.flags.true("enroll_always")
+        if always and not self.flags.true("disable_enrollment"):
+            self.store.delete(SETTINGS, "nodeKey")
+        if TLS not in (self.config_plugin, self.distributed_plugin, *self.logger_plugins):
+            return
         key = yield from self._node_key()
-        if not key:
+        needed = always or TLS in self.logger_plugins
+        if not key and needed and not self.flags.true("disable_enrollment"):
             raise EnrollmentFailed(self.uri(self.endpoints.enroll), self._refusal)
 
     def first_config(self) -> Thread[None]:
@@ -259,7 +365,7 @@ class Core:
         """The key; without one, this caller enrolls, one at a time, and may come back with nothing."""
         while not self.node_key and self._enrolling:
             yield Sleep(_ENROLL_POLL_S, wake="enrolled")
-        if not self.node_key:
+        if not self.node_key and not self.flags.true("disable_enrollment"):
             self._enrolling = True
             try:
                 yield from self._enroll()
@@ -269,10 +375,12 @@ class Core:
         return self.node_key
 
     def _enroll(self) -> Thread[None]:
-        attempts, longest_s = (
-            self.flags.integer("tls_enroll_max_attempts"),
-            self.flags.integer("tls_enroll_max_interval"),
-        )
+        """tls_enroll.cpp: n^2 seconds between attempts, up to the longest pause; the last one fails silently."""
+        attempts = self.flags.integer("tls_enroll_max_attempts")
+        longest_s = self.flags.integer("tls_enroll_max_interval")
+        path = self.endpoints.enroll + self._secret_suffix(self.endpoints.enroll)
+        uri = self.uri(path)
+        self.verbose("tls_enroll.cpp", f"TLSEnrollPlugin requesting a node enroll key from: {uri}")
         attempt = 0
         while True:
             attempt += 1
@@ -282,20 +390,20 @@ class Core:
                 self.host_identifier,
                 details,
                 secret_name=self.flags.text("tls_enroll_override"),
+                platform_type=self.identity.platform_type,
             )
-            outcome = yield Send("enroll", self.endpoints.enroll, body)
+            outcome = yield from self._send(Send("enroll", path, body))
             key = "" if isinstance(outcome, Failure) else messages.enrolled_key(outcome)
             if key:
                 self._keep_key(key)
                 return
-            reason = _reply(outcome).message or "No node key returned from TLS enroll plugin"
-            self._refusal = reason
-            uri = self.uri(self.endpoints.enroll)
-            self._event("enroll_failed", uri=uri, reason=reason, attempt=attempt)
-            message = f"Failed enrollment request to {uri} ({reason}) retrying..."
-            self.status(logs.WARNING, "enroll.cpp", message)
+            # Upstream names neither ``error`` nor ``node_invalid`` here; people want to know.
+            self._refusal = _reply(outcome).message or "No node key returned from TLS enroll plugin"
+            self._event("enroll_failed", uri=uri, reason=self._refusal, attempt=attempt)
             if attempts and attempt >= attempts:
                 return
+            message = f"Failed enrollment request to {uri} ({self._refusal}) retrying..."
+            self.status(logs.WARNING, "tls_enroll.cpp", message)
             yield Sleep(min(attempt**2, longest_s))
 
     def _keep_key(self, key: str) -> None:
@@ -310,19 +418,59 @@ class Core:
             self.store.delete(SETTINGS, "nodeKey")
             self._event("node_invalid")
 
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def _secret_suffix(self, path: str) -> str:
+        """--tls_secret_always: the secret as a URI variable, not encoded, as upstream."""
+        if not self.flags.true("tls_secret_always"):
+            return ""
+        name = self.flags.text("tls_enroll_override")
+        return f"{'&' if '?' in path else '?'}{name}={self._enroll_secret()}"
+
+    def _located(self, call: str, path: str, key: str) -> str:
+        """The path as it was when the plugin was set up (utility.h, makeURI): a carve's is made anew each time."""
+        if call not in self._paths or call.startswith("carve"):
+            edge = f"/{key}" if self.flags.true("tls_node_api") else ""
+            self._paths[call] = edge + path + self._secret_suffix(edge + path)
+        return self._paths[call]
+
+    def located(self, call: str, path: str) -> Thread[str]:
+        """The path to send a call to, for callers that make their own `Send`."""
+        key = yield from self._node_key()
+        return self._located(call, path, key)
+
+    def _send(self, command: Send) -> Thread[bytes | Failure]:
+        verb = "GET" if command.method == "GET" else "POST"
+        self.verbose("tls.cpp", f"TLS/HTTPS {verb} request to URI: {self.uri(command.path)}")
+        outcome: bytes | Failure = yield command
+        return outcome
+
     def call(self, call: str, path: str, body: Callable[[str], bytes], attempts: int) -> Thread[Reply]:
-        """One call with its retries, 1, 4, 9... seconds apart (utility.h, TLSRequestHelper::go)."""
+        """One call with its retries, 1, 4, 9... seconds apart (utility.h, TLSRequestHelper::go).
+
+        ``body`` is given the node key; with --tls_node_api the key goes into the URL and ``body`` gets none.
+        """
         attempt = 0
         while True:
             attempt += 1
-            key = yield from self._node_key()
-            outcome = yield Send(call, path, body(key), key)
-            reply = self._read(call, outcome, key)
-            if reply.ok or attempt >= attempts:
+            reply = yield from self._exchange(call, path, body)
+            if reply.ok:
                 return reply
+            failed = f"HTTP(S) request failed: {reply.message}"
+            if attempt >= attempts:
+                self.verbose("utility.h", f"{failed}, done retrying after {attempt} times")
+                return reply
+            self.verbose("utility.h", f"{failed}, retrying in {attempt**2} seconds...")
             yield Sleep(attempt**2)
 
-    def _read(self, call: str, outcome: bytes | Failure, key: str) -> Reply:
+    def _exchange(self, call: str, path: str, body: Callable[[str], bytes], *, compress: bool = False) -> Thread[Reply]:
+        key = yield from self._node_key()
+        target = self._located(call, path, key)
+        if self.flags.true("tls_node_api"):
+            target += f"&node_key={key}"  # upstream's own: without a question mark
+        method = "GET" if call == "config" and self.flags.true("tls_node_api") else "POST"
+        content = b"" if method == "GET" else body(key)
+        outcome = yield from self._send(Send(call, target, content, key, compress=compress, method=method))
         reply = _reply(outcome)
         if reply.node_invalid:
             self._forget_key(key)
@@ -333,47 +481,161 @@ class Core:
     # -- config --------------------------------------------------------------------------------------------------
 
     def config_refresh(self) -> Thread[None]:
-        """ConfigRefreshRunner: the first refresh after one interval; sooner after a failure."""
-        interval_s = self.flags.integer("config_refresh")
-        pause_s = interval_s
-        while interval_s > 0:
-            yield Sleep(pause_s, wake="config")
-            fetched = yield from self.fetch_config()
-            pause_s = interval_s if fetched else self.flags.integer("config_accelerated_refresh")
+        """ConfigRefreshRunner: the first refresh after one interval; another pause after a failure.
+
+        With --config_refresh 0 the only changes are those a plugin pushes.
+        """
+        while True:
+            never = self.flags.integer("config_refresh") <= 0
+            pause_s = 0 if self._pushed else 3600 if never else self._config_pause_s
+            woken = yield Sleep(pause_s, wake="config")
+            if self._pushed:
+                source, text = self._pushed.pop(0)
+                yield from self._take_sources({source: text})
+            elif woken or not never:
+                self.verbose("config.cpp", "Refreshing configuration state")
+                yield from self.fetch_config()
+
+    def push_config(self, source: str, text: str) -> None:
+        """A config plugin's ``update``: the thread ``config_refresh`` takes it over."""
+        self._pushed.append((source, text))
+        self._wake("config")
 
     def fetch_config(self) -> Thread[bool]:
         """Ask for the config and apply it; on failure the old one stays."""
+        sources = yield from (self._tls_sources() if self.config_plugin == TLS else self._plugin_sources())
+        if isinstance(sources, Failure):
+            yield from self._config_failed(sources.message)
+            return False
+        normal_s = self.flags.integer("config_refresh")
+        if self._config_pause_s != normal_s:
+            self.verbose("config.cpp", "Normal configuration delay restored")
+            self._config_pause_s = normal_s
+        taken = yield from self._take_sources(sources)
+        return taken
+
+    def _tls_sources(self) -> Thread[dict[str, Mapping[str, Any] | str] | Failure]:
         attempts = self.flags.integer("config_tls_max_attempts")
         reply = yield from self.call("config", self.endpoints.config, messages.node_body, attempts)
         if not reply.ok:
-            self.status(logs.WARNING, "config.cpp", f"Error getting config: {reply.message}")
-            return False
-        yield from self._apply_config(reply.members)
+            return Failure(reply.message)
+        if not self.flags.true("tls_node_api"):
+            return {TLS_SOURCE: reply.members}
+        text = reply.members.get("config")
+        return {TLS_SOURCE: text if isinstance(text, str) else ""}
+
+    def _plugin_sources(self) -> Thread[dict[str, Mapping[str, Any] | str] | Failure]:
+        rows: list[dict[str, str]] | Failure = yield Call("config", self.config_plugin, {"action": "genConfig"})
+        if isinstance(rows, Failure):
+            return rows
+        return dict(rows[0]) if rows else {}
+
+    def _config_failed(self, reason: str) -> Thread[None]:
+        self.config_error = reason
+        self.status(logs.WARNING, "config.cpp", f"Error getting config: {reason}")
+        if self._config_pause_s == self.flags.integer("config_refresh") > 0:
+            self.verbose("config.cpp", "Using accelerated configuration delay")
+            self._config_pause_s = self.flags.integer("config_accelerated_refresh")
+        if not self._sources and self.flags.true("config_enable_backup"):
+            kept = {
+                key.removeprefix(_BACKUP): text for key, text in self.store.scan(SETTINGS) if key.startswith(_BACKUP)
+            }
+            if kept:
+                self.status(logs.INFO, "config.cpp", "Restoring the backup of the configuration")
+                yield from self._take_sources(kept)
+
+    def _take_sources(self, sources: Mapping[str, Mapping[str, Any] | str]) -> Thread[bool]:
+        """Apply what each source says, if it says something new. False when one of them is no JSON object."""
+        parsed: dict[str, Mapping[str, Any]] = {}
+        for name, content in sources.items():
+            members = messages.read_config_text(content) if isinstance(content, str) else content
+            if members is None:
+                self.config_error = f"source {name} is not a JSON object"
+                self.status(logs.ERROR, "config.cpp", f"Error parsing config: {self.config_error}")
+                return False
+            parsed[name] = members
+        self.config_error = ""
+        self.config_valid = True
+        hashes = {name: config_source_hash(members) for name, members in parsed.items()}
+        if all(self._source_hashes.get(name) == found for name, found in hashes.items()):
+            return True
+        self._sources = dict(sorted({**self._sources, **parsed}.items()))
+        self._source_hashes = dict(sorted({**self._source_hashes, **hashes}.items()))
+        if self.flags.true("config_enable_backup"):
+            for name, members in parsed.items():
+                self.store.put(SETTINGS, f"{_BACKUP}{name}", messages.compact(members))
+        yield from self._apply_config()
         return True
 
-    def _apply_config(self, members: Mapping[str, Any]) -> Thread[None]:
-        source_hash = config_source_hash(members)
-        self.config_valid = True
-        if source_hash == self._source_hash:
-            return
-        self._source_hash = source_hash
-        self.config_hash = combined_config_hash([source_hash])
+    def _apply_config(self) -> Thread[None]:
+        self.config_hash = combined_config_hash(list(self._source_hashes.values()))
         warnings: list[str] = []
-        options = members.get("options")
-        for name, value in options.items() if isinstance(options, dict) else ():
-            warning = self.flags.set_option(name, value)
-            if warning:
-                warnings.append(warning)
-        self.config = schedule.read_config(members, self._rules(), warnings.append)
+        for members in self._sources.values():
+            options = members.get("options")
+            for name, value in options.items() if isinstance(options, dict) else ():
+                warning = self.flags.set_option(name, value)
+                if warning:
+                    warnings.append(warning)
+        sources = yield from self._expanded(warnings.append)
+        self.config = schedule.read_sources(sources, self._rules(), warnings.append)
         self._discovery.clear()
+        self._paths.pop("log", None)
         self._decorations = _Decorations()
         for warning in warnings[:100]:
             self.status(logs.WARNING, "config.cpp", warning)
         queries = [query.name for _, query in self.config.queries()]
         self.performance = {name: self.performance.get(name, Performance()) for name in queries}
+        self._apply_constructed()
+        yield from self._apply_views()
         self._event("config", hash=self.config_hash, queries=len(queries))
         self._decorations.load = yield from self._decorate(self.config.decorators.load)
         self._wake("schedule")
+
+    def _apply_constructed(self) -> None:
+        warnings: list[str] = []
+        found = constructed.read_constructed(self._sources.values(), self.identity.platform_type, warnings.append)
+        self.constructed = self.constructed if found is None else found
+        for warning in warnings[:100]:
+            self.status(logs.WARNING, "auto_constructed_tables.cpp", warning)
+
+    def _apply_views(self) -> Thread[None]:
+        """All appear at once, since they may use each other; a new one that cannot be read is told of once."""
+        warnings: list[str] = []
+        before, found = self.views, views.read_views(self._sources.values(), warnings.append)
+        self.views = before if found is None else found
+        for name, sql in self.views.items():
+            if before.get(name) == sql:
+                continue
+            result: QueryResult = yield Query(views.check(sql))
+            if result.status:
+                warnings.append(views.error_text(name, result.message))
+        for warning in warnings[:100]:
+            self.status(logs.WARNING, "views.cpp", warning)
+
+    def _expanded(self, warn: Callable[[str], None]) -> Thread[dict[str, Mapping[str, Any]]]:
+        """The sources, with packs that are only named (a path or pattern) asked of the config plugin."""
+        found = dict(self._sources)
+        for source, members in self._sources.items() if self.config_plugin != TLS else ():
+            packs = members.get("packs")
+            if not isinstance(packs, dict):
+                continue
+            kept = {name: pack for name, pack in packs.items() if not isinstance(pack, str)}
+            for name, value in packs.items():
+                if isinstance(value, str):
+                    kept.update((yield from self._named_pack(name, value, warn)))
+            found[source] = {**members, "packs": kept}
+        return found
+
+    def _named_pack(self, name: str, value: str, warn: Callable[[str], None]) -> Thread[dict[str, Any]]:
+        request = {"action": "genPack", "name": name, "value": value}
+        rows: list[dict[str, str]] | Failure = yield Call("config", self.config_plugin, request)
+        if isinstance(rows, Failure) or not rows:
+            warn(f"Error getting pack {name}: {rows.message if isinstance(rows, Failure) else 'no such pack'}")
+            return {}
+        found = {each: messages.read_config_text(text) for each, text in rows[0].items()}
+        for each in (each for each, members in found.items() if members is None):
+            warn(f"Error parsing pack {each}: not a JSON object")
+        return {each: members for each, members in found.items() if members is not None}
 
     def _rules(self) -> schedule.Rules:
         return schedule.Rules(
@@ -381,6 +643,7 @@ class Core:
             delimiter=self.flags.text("pack_delimiter"),
             default_interval_s=self.flags.integer("schedule_default_interval"),
             splay=self._splayed,
+            platform_type=self.identity.platform_type,
         )
 
     def _splayed(self, name: str, interval_s: int) -> int:
@@ -437,12 +700,14 @@ class Core:
     def _run_at_startup(self) -> Thread[None]:
         urgent = [(p, q) for p, q in self.config.queries() if q.startup_priority is not None]
         for pack, query in sorted(urgent, key=lambda found: found[1].startup_priority or 0):
-            if (yield from self._pack_runs(pack)):
+            if not self.is_denylisted(query) and (yield from self._pack_runs(pack)):
                 yield from self._run_scheduled(query)
 
     def _run_due(self, previous: int, now: int) -> Thread[None]:
         for pack, query in list(self.config.queries()):
-            if query.due_between(previous, now) and (yield from self._pack_runs(pack)):
+            if not query.due_between(previous, now) or self.is_denylisted(query):
+                continue
+            if (yield from self._pack_runs(pack)):
                 yield from self._run_scheduled(query)
         due = {s: q for s, q in self.config.decorators.interval.items() if now // s > previous // s}
         for queries in due.values():
@@ -460,11 +725,46 @@ class Core:
         self.pack_active[pack.name] = active
         return active
 
+    # -- denylist ------------------------------------------------------------------------------------------------
+
+    def _restored_denylist(self) -> dict[str, int]:
+        """What an earlier process left, and the query it died in, if the watchdog looks after this one (config.cpp)."""
+        try:
+            kept = json.loads(self.store.get(SETTINGS, _DENYLIST) or "{}")
+        except ValueError:
+            kept = {}
+        found = {name: until for name, until in kept.items() if until > self.now}
+        died_in = self.store.get(SETTINGS, _EXECUTING)
+        if died_in and not self.flags.true("disable_watchdog"):
+            self._event("denylisted", name=died_in)
+            found[died_in] = int(self.now) + DENYLIST_S
+        if found != kept:
+            self.store.put(SETTINGS, _DENYLIST, messages.compact(found))
+        if died_in:
+            self.store.delete(SETTINGS, _EXECUTING)
+        return found
+
+    def is_denylisted(self, query: schedule.ScheduledQuery) -> bool:
+        """Whether a process died in this query less than a day ago, and it is of the kind that is then skipped."""
+        until = self.denylist.get(query.name, 0)
+        if until <= self.now:
+            return False
+        reads_events = self.store.get(QUERIES, f"{query.name}events") == "1"
+        return query.denylist and (not reads_events or self.flags.true("events_enforce_denylist"))
+
     def _run_scheduled(self, query: schedule.ScheduledQuery) -> Thread[None]:
         """One execution (scheduler.cpp, launchQuery)."""
+        says = self.status if self.flags.true("schedule_lognames") else self._status_when_verbose
+        says(logs.INFO, "scheduler.cpp", f"Executing scheduled query {query.name}: {query.query}")
         self._decorations.always = yield from self._decorate(self.config.decorators.always)
-        result: QueryResult = yield Query(query.query)
+        self.store.put(SETTINGS, _EXECUTING, query.name)
+        try:
+            result: QueryResult = yield Query(query.query)
+        finally:
+            self.store.delete(SETTINGS, _EXECUTING)
         self._queries_run += 1
+        if result.event_based:
+            self.store.put(QUERIES, f"{query.name}events", "1")
         self._warn_of(result)
         if result.status:
             message = f"Error executing scheduled query {query.name}: {result.message}"
@@ -480,8 +780,11 @@ class Core:
             numerics=self.flags.true("logger_numerics"),
             decorations_top_level=self.flags.true("decorations_top_level"),
         )
-        for line in self._lines(query, item, result):
-            self._log(logs.RESULT, line)
+        lines = self._lines(query, item, result)
+        if lines and not query.snapshot:
+            self.verbose("scheduler.cpp", f"Found results for query: {query.name}")
+        for line in lines:
+            self._log_result(line, snapshot=query.snapshot)
         self._event("scheduled", name=query.name, rows=len(result.typed_rows))
 
     def _lines(self, query: schedule.ScheduledQuery, item: logs.Item, result: QueryResult) -> list[str]:
@@ -558,29 +861,36 @@ class Core:
         while True:
             period_s = max(1, self.flags.integer("logger_tls_period"))
             longest_s = self.flags.integer("logger_tls_backoff_max")
+            # One scan for both kinds: results enough for a batch leave no room for statuses.
+            batch = self.buffer.batch(self.flags.integer("logger_tls_max_lines"))
             for kind in (logs.RESULT, logs.STATUS):
                 if self.now < retry_at[kind]:
                     continue
-                sent = yield from self._flush(kind)
+                sent = yield from self._flush(kind, batch[kind])
                 failures[kind] = 0 if sent else failures[kind] + 1
                 retry_at[kind] = self.now + min(period_s * failures[kind] ** 2, longest_s)
             yield Sleep(max(period_s, min(retry_at.values()) - self.now), wake="flush")
 
-    def _flush(self, kind: str) -> Thread[bool]:
-        """Send the next lines of one kind; what is not acknowledged stays."""
-        lines = self.buffer.batch(self.flags.integer("logger_tls_max_lines"))[kind]
+    def _flush(self, kind: str, lines: Mapping[str, str]) -> Thread[bool]:
+        """Send lines of one kind; what is not acknowledged stays. A failure is said with --verbose only, as upstream:
+        the line would itself be one to send.
+        """
         if not lines:
             return True
         compress = self.flags.true("logger_tls_compress")
-        key = yield from self._node_key()
         build = messages.compressed_log_body if compress else messages.log_body
-        body = build(lines.values(), kind, key)
-        outcome = yield Send("log", self.endpoints.log, body, key, compress=compress)
-        reply = self._read("log", outcome, key)
-        if reply.ok:
-            self.buffer.acknowledge(kind, list(lines))
-            self._event("logged", kind=kind, lines=len(lines))
-        return reply.ok
+
+        def body(key: str) -> bytes:
+            return build(lines.values(), kind, key)
+
+        path = self.flags.text("logger_tls_endpoint") or self.endpoints.log
+        reply = yield from self._exchange("log", path, body, compress=compress)
+        if not reply.ok:
+            self.verbose("buffered.cpp", f"Error sending {kind} to logger: {reply.message}")
+            return False
+        self.buffer.acknowledge(kind, list(lines))
+        self._event("logged", kind=kind, lines=len(lines))
+        return True
 
     # -- distributed ---------------------------------------------------------------------------------------------
 
@@ -599,10 +909,30 @@ class Core:
         return min(interval_s, ACCELERATED_INTERVAL_S) if self.now < until else interval_s
 
     def _pull(self) -> Thread[None]:
+        if self.distributed_plugin != TLS:
+            yield from self._pull_from_plugin()
+            return
         attempts = self.flags.integer("distributed_tls_max_attempts")
-        reply = yield from self.call("read", self.endpoints.read, messages.node_body, attempts)
+        build = messages.node_body if not self.flags.true("tls_node_api") else lambda _key: b"{}"
+        reply = yield from self.call("read", self.endpoints.read, build, attempts)
         if reply.ok:
             yield from self._accept(messages.read_work(reply.members))
+        else:
+            self.status(logs.WARNING, "distributed.cpp", f"Error getting distributed queries: {reply.message}")
+
+    def _pull_from_plugin(self) -> Thread[None]:
+        rows: list[dict[str, str]] | Failure = yield Call(
+            "distributed", self.distributed_plugin, {"action": "getQueries"}
+        )
+        if isinstance(rows, Failure):
+            self._event("call_failed", call="read", reason=rows.message)
+            self.status(logs.WARNING, "distributed.cpp", f"Error getting distributed queries: {rows.message}")
+            return
+        members = messages.read_config_text(rows[0].get("results", "") or "{}") if rows else {}
+        if members is None:
+            self.status(logs.WARNING, "distributed.cpp", "Error parsing distributed queries: not a JSON object")
+        else:
+            yield from self._accept(messages.read_work(members))
 
     def _accept(self, work: messages.Work) -> Thread[None]:
         """Keep the queries whose discovery found a row; an SQL error in a discovery drops everything."""
@@ -636,6 +966,8 @@ class Core:
             if self._denylisted(sql):
                 self._answers.append(Answer(name, "[]", 1, "distributed query is denylisted", "{}"))
                 continue
+            says = self.status if self.flags.true("distributed_loginfo") else self._status_when_verbose
+            says(logs.INFO, "distributed.cpp", f"Executing distributed query: {name}: {sql}")
             running = _sha256(sql)
             self.store.put(RUNNING, running, str(int(self.now)))
             try:
@@ -685,13 +1017,25 @@ class Core:
         answers = list(self._answers)
         attempts = self.flags.integer("distributed_tls_max_attempts")
 
-        def body(key: str) -> bytes:
-            return messages.write_body(answers, key)
+        keyed = not self.flags.true("tls_node_api")
 
-        reply = yield from self.call("write", self.endpoints.write, body, attempts)
+        def body(key: str) -> bytes:
+            return messages.write_body(answers, key if keyed else None)
+
+        if self.distributed_plugin == TLS:
+            reply = yield from self.call("write", self.endpoints.write, body, attempts)
+        else:
+            reply = yield from self._write_to_plugin(messages.write_body(answers, None).decode())
         if reply.ok:
             self._answers = self._answers[len(answers) :]
             self._event("written", queries=[answer.name for answer in answers])
+        else:
+            self.status(logs.WARNING, "distributed.cpp", f"Error writing distributed results: {reply.message}")
+
+    def _write_to_plugin(self, results: str) -> Thread[Reply]:
+        request = {"action": "writeResults", "results": results}
+        outcome = yield Call("distributed", self.distributed_plugin, request)
+        return Reply(False, outcome.message) if isinstance(outcome, Failure) else Reply(True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,10 @@ class Flags:
                 "shell_only": 0,
             }
 
+    def custom(self) -> dict[str, str]:
+        """The ``custom_*`` options a config gave."""
+        return {name: value for name, value in self._given.items() if name.startswith(CUSTOM_PREFIX)}
+
 
 def canonical(name: str) -> str:
     """The flag an alias stands for."""

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import ipaddress
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import regex
 
 SqlValue = None | int | float | str | bytes
 Scalar = Callable[..., SqlValue]
 
 REGEX_MAX_BYTES = 256  # --regex_max_size
+REGEX_TIMEOUT_S = 2.0
+"""For one call. A pattern may need exponential time; upstream's worker would be killed by its watchdog."""
 
 
 class SqlError(Exception):
@@ -95,9 +102,11 @@ def regex_split(text: SqlValue, pattern: SqlValue, index: SqlValue) -> SqlValue:
     if not text_of(pattern):
         raise SqlError("Invalid input to split function")
     subject, pieces, start = text_of(text), [], 0
-    for found in _regex(pattern, too_big="Invalid regex").finditer(subject):
-        pieces.append(subject[start : found.start()])
-        start = found.end()
+    compiled = _regex(pattern, too_big="Invalid regex")
+    with _in_time():
+        for found in compiled.finditer(subject, timeout=REGEX_TIMEOUT_S, concurrent=True):
+            pieces.append(subject[start : found.start()])
+            start = found.end()
     # std::sregex_token_iterator leaves out an empty last piece.
     if start < len(subject) or not pieces:
         pieces.append(subject[start:])
@@ -109,7 +118,9 @@ def regex_match(text: SqlValue, pattern: SqlValue, index: SqlValue) -> SqlValue:
     if text is None or pattern is None or index is None:
         return None
     too_big = f"Invalid regex: too big, max size is {REGEX_MAX_BYTES} bytes"
-    found = _regex(pattern, too_big=too_big).search(text_of(text))
+    compiled = _regex(pattern, too_big=too_big)
+    with _in_time():
+        found = compiled.search(text_of(text), timeout=REGEX_TIMEOUT_S, concurrent=True)
     if found is None:
         return None
     return _nth([found.group() or "", *(group or "" for group in found.groups())], index)
@@ -139,14 +150,80 @@ def inet_aton(address: SqlValue) -> SqlValue:
         return None
 
 
-def _regex(pattern: SqlValue, *, too_big: str) -> re.Pattern[str]:
+# -- commands and paths ----------------------------------------------------------------------------------------
+
+IsFile = Callable[[str], bool]
+
+
+def find_file_path_in_cmd(is_file: IsFile, *values: SqlValue) -> SqlValue:
+    """``find_file_path_in_cmd(command[, allow_quoting[, escape]])``: the shortest start of it that is a file's path."""
+    found = _file_path(is_file, values, shortest=True)
+    if found is None:
+        raise SqlError("Invalid inputs to find_binary_path_from_cmd")  # named so upstream
+    return found
+
+
+def is_path_deterministic(is_file: IsFile, *values: SqlValue) -> SqlValue:
+    """1 when only one start of the command is a file's path, or none: nothing can be put in its way."""
+    shortest, longest = (_file_path(is_file, values, shortest=short) for short in (True, False))
+    if shortest is None or longest is None:
+        raise SqlError("Invalid inputs to is_path_deterministic")
+    return int(not shortest or len(shortest) == len(longest))
+
+
+def parent_directory(path: SqlValue) -> SqlValue:
+    """What stands before the last backslash, on Linux too: upstream has the two platforms' separators the wrong way."""
+    if not isinstance(path, str):
+        raise SqlError("Invalid inputs to parent_directory, TEXT was expected")
+    parent, divider, _ = path.rpartition("\\")
+    return parent if divider else None
+
+
+def _file_path(is_file: IsFile, values: tuple[SqlValue, ...], *, shortest: bool) -> str | None:
+    """sqlite_filesystem.cpp, findExistingProgramPathFromCommand; None for arguments it cannot use."""
+    if not values or None in values:
+        return None
+    quoting = len(values) > 1 and number_of(values[1]) != 0
+    escape = text_of(values[2]) if len(values) > 2 else "\\"
+    if len(escape) != 1:
+        return None
+    path, found = "", ""
+    is_quoted = is_escaped = False
+    for letter in text_of(values[0]).lstrip():
+        if is_escaped:
+            path, is_escaped = path + letter, False
+        elif quoting and letter == '"':
+            is_quoted = not is_quoted
+        elif letter == escape:
+            is_escaped = True
+        else:
+            if not is_quoted and letter.isspace() and is_file(path):
+                found = path
+                if shortest:
+                    return found
+            path += letter
+    return path if is_file(path) else found
+
+
+def _regex(pattern: SqlValue, *, too_big: str) -> regex.Pattern[str]:
+    """Matched by `regex`, which can be stopped and lets other threads run; `re` can do neither."""
+    import regex
+
     source = text_of(pattern)
     if len(source.encode()) > REGEX_MAX_BYTES:
         raise SqlError(too_big)
     try:
-        return re.compile(source)
-    except (re.error, OverflowError, RecursionError):
+        return regex.compile(source, regex.VERSION0)
+    except (regex.error, OverflowError, RecursionError):
         raise SqlError("Invalid regex") from None
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise SqlError(f"Regex took longer than {REGEX_TIMEOUT_S:g} s") from None
 
 
 def _nth(pieces: list[str], index: SqlValue) -> SqlValue:
@@ -425,6 +502,7 @@ def functions() -> Mapping[tuple[str, int], Function]:
         ("concat", -1): concat,
         ("concat_ws", -1): concat_ws,
         ("version_compare", -1): version_compare,
+        ("parent_directory", 1): parent_directory,
     }
     several.update({(name, 1): call for name, call in one.items()})
     return {(name, count): Function(call, count) for (name, count), call in several.items()}

@@ -136,6 +136,28 @@ def status_line(
     return compact(body)
 
 
+def status_entry(status: Status, *, host_identifier: str, now: float) -> str:
+    """One element of the list a logger plugin is given (logger.cpp, serializeLogRequest)."""
+    return compact(
+        {
+            "s": status.severity,
+            "f": status.filename,
+            "i": status.line,
+            "m": status.message,
+            "h": host_identifier,
+            "c": calendar_time(now),
+            "u": int(now),
+        }
+    )
+
+
+def glog_line(status: Status, *, now: float, thread: int) -> str:
+    """``I1015 10:36:06.935755 31 tls.cpp:196] message``, as stderr shows it with --verbose; the time is UTC."""
+    at = dt.datetime.fromtimestamp(now, dt.UTC)
+    letter = "IWEF"[min(max(status.severity, INFO), FATAL)]
+    return f"{letter}{at:%m%d %H:%M:%S.%f} {thread} {status.filename}:{status.line}] {status.message}"
+
+
 def _common(item: Item) -> dict[str, Any]:
     members: dict[str, Any] = {
         "name": item.name,
@@ -208,8 +230,10 @@ class Buffer:
                 self._store.delete(_DOMAIN, key)
 
     def _drop_oldest(self) -> None:
-        kind = max(self._lines, key=lambda k: len(self._lines[k]))
-        self.acknowledge(kind, [next(iter(self._lines[kind]))])
+        """The oldest of both kinds: their numbers are in one order (buffered.cpp, purge)."""
+        oldest = {kind: next(iter(lines)) for kind, lines in self._lines.items() if lines}
+        kind = min(oldest, key=lambda k: int(oldest[k].rpartition("_")[2]))
+        self.acknowledge(kind, [oldest[kind]])
         self.dropped += 1
 
 

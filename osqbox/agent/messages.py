@@ -11,10 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VERSION = "5.23.1"
-PLATFORM_TYPE = "9"  # POSIX 1 + LINUX 8
+LINUX = 9  # POSIX 1 + LINUX 8; macOS is 21, Windows 2 (platform_type.h)
 MAX_DEPTH = 32
 REPLY_MAX_BYTES = 8 * 1024 * 1024
 INT32_MAX = 2**31 - 1
+
+
+ENDPOINT_FLAGS: Mapping[str, str] = {
+    "enroll": "enroll_tls_endpoint",
+    "config": "config_tls_endpoint",
+    "log": "logger_tls_endpoint",
+    "read": "distributed_tls_read_endpoint",
+    "write": "distributed_tls_write_endpoint",
+    "carve_start": "carver_start_endpoint",
+    "carve_block": "carver_continue_endpoint",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +74,32 @@ def read_members(body: bytes) -> Mapping[str, Any] | None:
         return {}
     try:
         text = body.decode("utf-8")
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_first_wins, parse_constant=_no_number)
         if "\\ud" in text.lower():  # lone surrogates can be neither stored nor sent on
             found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and not _deeper_than(MAX_DEPTH, found) else None
+
+
+def _first_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of members with one name RapidJSON's FindMember finds the first."""
+    members = dict(pairs)
+    return members if len(members) == len(pairs) else {**members, **dict(reversed(pairs))}
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_config_text(text: str) -> Mapping[str, Any] | None:
+    """A config or pack as a plugin other than tls gives it: ``#`` and ``//`` lines are comments (config.cpp).
+
+    None when it is no JSON object; unlike a reply, an empty text is none.
+    """
+    lines = text.replace("\\\n", "").splitlines()
+    kept = "\n".join(line for line in lines if not line.lstrip().startswith(("#", "//")))
+    return read_members(kept.encode("utf-8", "surrogatepass")) if kept.strip() else None
 
 
 def _deeper_than(levels: int, value: Any) -> bool:
@@ -97,7 +128,7 @@ def read_reply(body: bytes) -> Reply:
 
 def _reason(members: Mapping[str, Any]) -> str:
     error = members["error"]
-    return error if isinstance(error, str) else compact(error)
+    return error if isinstance(error, str) else "<unknown>"
 
 
 def enrolled_key(body: bytes) -> str:
@@ -117,13 +148,18 @@ def carve_session(body: bytes) -> str:
 
 
 def enroll_body(
-    secret: str, host_identifier: str, host_details: Mapping[str, Mapping[str, str]], *, secret_name: str
+    secret: str,
+    host_identifier: str,
+    host_details: Mapping[str, Mapping[str, str]],
+    *,
+    secret_name: str,
+    platform_type: int = LINUX,
 ) -> bytes:
     return encode(
         {
             secret_name: secret,
             "host_identifier": host_identifier,
-            "platform_type": PLATFORM_TYPE,
+            "platform_type": str(platform_type),
             "host_details": host_details,
         }
     )
@@ -157,8 +193,11 @@ class Answer:
     stats: str
 
 
-def write_body(answers: Iterable[Answer], node_key: str) -> bytes:
-    """Distributed write (distributed.cpp, serializeResults). Of two answers with one name the last is sent."""
+def write_body(answers: Iterable[Answer], node_key: str | None) -> bytes:
+    """Distributed write (distributed.cpp, serializeResults). Of two answers with one name the last is sent.
+
+    Without a ``node_key`` for plugins other than tls, and --tls_node_api.
+    """
     kept = {answer.name: answer for answer in answers}.values()
 
     def members(value: Any) -> str:
@@ -167,7 +206,8 @@ def write_body(answers: Iterable[Answer], node_key: str) -> bytes:
     queries, stats = members(lambda a: a.rows), members(lambda a: a.stats)
     statuses, messages = members(lambda a: a.status), members(lambda a: compact(a.message))
     text = f'{{"queries":{queries},"statuses":{statuses},"messages":{messages},"stats":{stats}'
-    return f'{text},"node_key":{compact(node_key)}}}'.encode("utf-8", "replace")
+    key = "" if node_key is None else f',"node_key":{compact(node_key)}'
+    return f"{text}{key}}}".encode("utf-8", "replace")
 
 
 def carve_start_body(

@@ -9,9 +9,13 @@ from osqbox.agent.messages import VERSION
 from osqbox.agent.sql import Context, Row, TableSource, source
 from osqbox.schema import load_schema
 
-_PLUGINS = (("config", "tls"), ("distributed", "tls"), ("enroll", "tls"), ("logger", "tls"))
-BUILD_PLATFORM, BUILD_DISTRO = "linux", "centos7"  # as the official Linux packages say
-PLATFORM_MASK = 9
+_PLUGINS = (
+    *(("config", name) for name in ("filesystem", "tls")),
+    *(("distributed", "tls"), ("enroll", "tls")),
+    *(("logger", name) for name in ("filesystem", "stdout", "tls")),
+)
+_BUILDS = {16: ("darwin", "10.15"), 2: ("windows", "10"), 8: ("linux", "centos7")}
+"""Platform and distribution as the official packages say, by bit of the platform type."""
 
 
 def own_tables(core: Core) -> dict[str, TableSource]:
@@ -19,6 +23,7 @@ def own_tables(core: Core) -> dict[str, TableSource]:
 
     def osquery_info(_context: Context) -> Iterator[Row]:
         who = core.identity
+        platform, distro = next((b for bit, b in _BUILDS.items() if who.platform_type & bit), ("linux", "centos7"))
         yield {
             "pid": who.pid,
             "uuid": who.uuid,
@@ -27,11 +32,11 @@ def own_tables(core: Core) -> dict[str, TableSource]:
             "config_hash": core.config_hash,
             "config_valid": int(core.config_valid),
             "extensions": "inactive",
-            "build_platform": BUILD_PLATFORM,
-            "build_distro": BUILD_DISTRO,
+            "build_platform": platform,
+            "build_distro": distro,
             "start_time": int(who.started),
             "watcher": -1,
-            "platform_mask": PLATFORM_MASK,
+            "platform_mask": who.platform_type,
         }
 
     def osquery_flags(_context: Context) -> Iterable[Row]:
@@ -39,6 +44,7 @@ def own_tables(core: Core) -> dict[str, TableSource]:
 
     def osquery_schedule(_context: Context) -> Iterator[Row]:
         performance = core.performance
+        denylist = core.denylist
         for _, query in core.config.queries():
             cost = performance.get(query.name)
             if cost is None:
@@ -49,7 +55,7 @@ def own_tables(core: Core) -> dict[str, TableSource]:
                 "interval": query.interval_s,
                 "executions": cost.executions,
                 "last_executed": cost.last_executed,
-                "denylisted": 0,
+                "denylisted": int(denylist.get(query.name, 0) > core.now),
                 "output_size": cost.output_size,
                 "wall_time": cost.wall_time_ms // 1000,
                 "wall_time_ms": cost.wall_time_ms,
@@ -86,8 +92,14 @@ def own_tables(core: Core) -> dict[str, TableSource]:
 
     def osquery_registry(_context: Context) -> Iterator[Row]:
         tables = (("table", table.name) for table in load_schema())
+        active = {
+            ("config", core.config_plugin),
+            ("distributed", core.distributed_plugin),
+            *(("logger", name) for name in core.logger_plugins),
+        }
         for registry, name in (*_PLUGINS, *tables):
-            yield {"registry": registry, "name": name, "owner_uuid": 0, "internal": 0, "active": 1}
+            runs = registry in ("table", "enroll") or (registry, name) in active
+            yield {"registry": registry, "name": name, "owner_uuid": 0, "internal": 0, "active": int(runs)}
 
     def osquery_events(_context: Context) -> Iterator[Row]:
         return iter(())  # no publisher runs: --disable_events

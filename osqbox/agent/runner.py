@@ -1,4 +1,9 @@
-"""The agent's shell: a Trio task per osqueryd thread, TLS, the clock, and SQL in worker threads."""
+"""The agent's shell: a Trio task per osqueryd thread, TLS, the clock, and SQL in worker threads.
+
+For programs that put more around an agent: `AgentOptions.flags` takes every osqueryd flag, and those of plugins,
+endpoints, TLS, proxy and enroll secret act; ``call_plugin`` answers for plugins other than tls; ``on_verbose`` gets
+stderr's lines; a `SteppedClock` makes two runs with one ``rng`` seed send the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ import random
 import tempfile
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +24,9 @@ import trio
 from osqbox.agent import carve as carving
 from osqbox.agent.carve import Archive, Carves, Discard, ReadBlock
 from osqbox.agent.client import (
+    Call,
     Command,
+    ConfigUnavailable,
     Core,
     EnrollmentFailed,
     Failure,
@@ -31,23 +38,33 @@ from osqbox.agent.client import (
     Sleep,
     Thread,
 )
+from osqbox.agent.constructed import constructed_tables
 from osqbox.agent.flags import Flags
-from osqbox.agent.logs import ERROR
-from osqbox.agent.messages import Endpoints
+from osqbox.agent.logs import ERROR, WARNING, Status, glog_line
+from osqbox.agent.messages import ENDPOINT_FLAGS, LINUX, Endpoints
 from osqbox.agent.own import own_tables
-from osqbox.agent.sql import DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT_S, Engine, Tables
+from osqbox.agent.sql import DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT_S, Engine, QueryResult, Stats, Tables
 from osqbox.agent.store import FileStore, MemoryStore, Store
-from osqbox.agent.wire import CallFailed, Channel, client_context
+from osqbox.agent.tables.contents import MachineContents, contents_of
+from osqbox.agent.tables.yara import yara_tables
+from osqbox.agent.views import ConfiguredTables, view_tables
+from osqbox.agent.wire import CALL_TIMEOUT_S, CallFailed, Channel, Transport, client_context, fetch
 from osqbox.clock import Clock, SystemClock
 
 if TYPE_CHECKING:
     import ssl
 
 OnEvent = Callable[[str, dict[str, Any]], None]
+OnVerbose = Callable[[str], None]
+CallPlugin = Callable[[Call], Awaitable["list[dict[str, str]] | Failure"]]
+Around = Callable[["Agent"], contextlib.AbstractAsyncContextManager[None]]
+"""Entered when the agent's state is open and nothing has been asked of a server yet."""
 
 _HOST_TABLES = ("os_version", "osquery_info", "platform_info", "system_info")
 _SQL_THREADS = 4
 _RESTART_PAUSE_S = 1.0
+_MAIN = 0
+_CERTIFICATE_FLAGS = ("tls_server_certs", "tls_client_cert", "tls_client_key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +93,14 @@ class AgentOptions:
     carve_period_s: int = 60
     sql_timeout_s: float = DEFAULT_TIMEOUT_S
     sql_max_rows: int = DEFAULT_MAX_ROWS
+    call_timeout_s: float = CALL_TIMEOUT_S
+    """osqueryd has no flag for its 16 s; tests want less."""
+    strict_start: bool = False
+    """The rule of older releases: no configuration at the start ends the agent (ConfigUnavailable)."""
+    platform_type: int = LINUX
+    """Of the pretended host: 21 is macOS, 2 Windows."""
+    pid: int | None = None
+    """What osquery_info says; None is this process's."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Further osqueryd flags, without dashes; they win over the fields above."""
 
@@ -94,13 +119,7 @@ class AgentOptions:
             "disable_events": "true",
             "disable_extensions": "true",
             "disable_watchdog": "true",
-            "enroll_tls_endpoint": self.endpoints.enroll,
-            "config_tls_endpoint": self.endpoints.config,
-            "logger_tls_endpoint": self.endpoints.log,
-            "distributed_tls_read_endpoint": self.endpoints.read,
-            "distributed_tls_write_endpoint": self.endpoints.write,
-            "carver_start_endpoint": self.endpoints.carve_start,
-            "carver_continue_endpoint": self.endpoints.carve_block,
+            **{flag: getattr(self.endpoints, name) for name, flag in ENDPOINT_FLAGS.items()},
             **self.flags,
         }
 
@@ -114,6 +133,9 @@ async def run_agent(
     clock: Clock | None = None,
     rng: Random | None = None,
     on_event: OnEvent | None = None,
+    on_verbose: OnVerbose | None = None,
+    call_plugin: CallPlugin | None = None,
+    around: Around | None = None,
     task_status: trio.TaskStatus[Core] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run one agent until cancelled; reports its core as started once it is enrolled and has asked for a config.
@@ -121,12 +143,72 @@ async def run_agent(
     ``tables`` replaces this machine's; the agent's own tables are added to them. ``engine`` and ``tls`` may be
     shared by many agents. ``on_event`` hears of everything that happens (``enrolled``, ``enroll_failed``,
     ``config``, ``distributed``, ``written``, ``scheduled``, ``logged``, ``status``, ``call_failed``...).
+    ``on_verbose`` gets what osqueryd writes to stderr, glog's lines: those of --verbose when that is on, and every
+    status. ``call_plugin`` answers the core's `Call`: config, logger and distributed plugins that are not tls.
     Raises BadSetup for certificates or a directory that cannot be used, EnrollmentFailed when every attempt to
-    enroll failed.
+    enroll failed, ConfigUnavailable with ``strict_start``.
     """
-    context = tls or client_context(options.server_certs, options.client_cert, options.client_key)
-    async with _open_agent(options, tables, engine, context, clock, rng, on_event) as agent:
+    hooks = _Hooks(on_event or (lambda _name, _facts: None), on_verbose, call_plugin)
+    async with (
+        _open_agent(options, tables, engine, tls, clock, rng, hooks) as agent,
+        around(agent) if around else contextlib.nullcontext(),
+    ):
         await agent.run(task_status)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hooks:
+    event: OnEvent
+    verbose: OnVerbose | None
+    plugin: CallPlugin | None
+
+
+class SteppedClock:
+    """Time that moves only when every thread of the agent sleeps: then it jumps to the first who wants to wake up.
+
+    One thread runs at a time, in an order that depends on nothing but their sleeps, so two runs against the same
+    answers send the same bytes, and a day takes as long as its requests. Its queries cost nothing. One agent each.
+    """
+
+    def __init__(self, start: float) -> None:
+        self._now = start
+        self._running = 1
+        self._seats: list[trio.Event] = []
+        """Of each thread: its first turn has come."""
+        self._sleepers: dict[int, tuple[float, trio.Event]] = {}
+
+    def now(self) -> float:
+        return self._now
+
+    def seat(self) -> int:
+        """A place in the order, from 1, for a thread that will `take` it; the first thread of all has 0."""
+        self._seats.append(trio.Event())
+        self._sleepers[len(self._seats)] = (self._now, self._seats[-1])
+        return len(self._seats)
+
+    async def take(self, seat: int) -> None:
+        """Wait for one's first turn."""
+        await self._seats[seat - 1].wait()
+
+    async def sleep(self, seat: int, seconds: float) -> None:
+        event = trio.Event()
+        self._sleepers[seat] = (self._now + max(0.0, seconds), event)
+        self.leave()
+        await event.wait()
+
+    def wake(self, seat: int) -> None:
+        """Whoever sleeps there is next, at the present time."""
+        if seat in self._sleepers:
+            self._sleepers[seat] = (self._now, self._sleepers[seat][1])
+
+    def leave(self) -> None:
+        """The thread that runs is over, or about to sleep: whose turn is it?"""
+        self._running -= 1
+        if self._running == 0 and self._sleepers:
+            seat = min(self._sleepers, key=lambda each: (self._sleepers[each][0], each))
+            at, event = self._sleepers.pop(seat)
+            self._now, self._running = max(self._now, at), 1
+            event.set()
 
 
 @contextlib.asynccontextmanager
@@ -134,37 +216,98 @@ async def _open_agent(
     options: AgentOptions,
     tables: Tables | None,
     engine: Engine | None,
-    context: ssl.SSLContext,
+    tls: ssl.SSLContext | None,
     clock: Clock | None,
     rng: Random | None,
-    on_event: OnEvent | None,
-) -> AsyncIterator[_Agent]:
+    hooks: _Hooks,
+) -> AsyncIterator[Agent]:
     clock = clock or SystemClock()
+    rng = rng or random.SystemRandom()
     store: Store = FileStore(options.state_dir) if options.state_dir else MemoryStore()
     with contextlib.closing(store), tempfile.TemporaryDirectory(prefix="osqbox-carve-") as folder:
-        carves = Carves(store, new_id=lambda: str(uuid.uuid4()), now=clock.now)
-        core = _core(options, store, clock, rng or random.SystemRandom())
+        core = _core(options, store, clock, rng)
         machine = _machine_tables(core, clock) if tables is None else tables
-        yield _Agent(
+        contents = contents_of(machine)
+        carves = Carves(store, new_id=lambda: _new_id(rng), now=clock.now, flags=core.flags, contents=contents)
+        context = tls or _context(options, core)
+        transport = _transport(options, core.flags)
+        get = functools.partial(_get_rules, context=context, transport=transport)
+        yara = yara_tables(core, fetch=get, contents=contents)
+        yield Agent(
             core=core,
             carves=carves,
             engine=engine or Engine(),
-            tables={**own_tables(core), **carves.tables(), **machine},
+            tables=ConfiguredTables(
+                {**own_tables(core), **carves.tables(), **yara, **machine},
+                functools.partial(_added_tables, core, is_this_machine=isinstance(contents, MachineContents)),
+            ),
             clock=clock,
             options=options,
             context=context,
+            transport=transport,
             folder=Path(folder),
-            on_event=on_event or (lambda _name, _details: None),
+            hooks=hooks,
         )
+
+
+def _added_tables(core: Core, *, is_this_machine: bool) -> Tables:
+    """Those of the config. A pretended host has no SQLite files: it must not show this machine's."""
+    views = view_tables(core.views)
+    return {**views, **constructed_tables(core.constructed)} if is_this_machine else views
+
+
+def _new_id(rng: Random) -> str:
+    return str(uuid.UUID(int=rng.randint(0, 2**128 - 1), version=4))
+
+
+def _context(options: AgentOptions, core: Core) -> ssl.SSLContext:
+    """Files that fields of the options name must be there; of those that flags name osqueryd only warns."""
+    flags, given = core.flags, options.flags.keys()
+    if not given & {"tls_server_certs", "tls_client_cert"}:
+        return client_context(options.server_certs, options.client_cert, options.client_key)
+    files = {name: Path(flags.text(name)) if flags.text(name) else None for name in _CERTIFICATE_FLAGS}
+    server = files["tls_server_certs"] if "tls_server_certs" in given else options.server_certs
+    client, key = files["tls_client_cert"], files["tls_client_key"]
+    if client is None or key is None:  # osqueryd wants both
+        client, key = options.client_cert, options.client_key
+    return client_context(server, client, key, warn=lambda message: core.status(WARNING, "tls.cpp", message))
+
+
+def _transport(options: AgentOptions, flags: Flags) -> Transport:
+    return Transport(
+        timeout_s=options.call_timeout_s,
+        session_reuse=flags.true("tls_session_reuse"),
+        session_timeout_s=float(flags.integer("tls_session_timeout")),
+        accept_gzip=flags.true("tls_accept_gzip"),
+        proxy=flags.text("proxy_hostname"),
+    )
+
+
+def _get_rules(url: str, body: bytes | None, *, context: ssl.SSLContext, transport: Transport) -> tuple[int, bytes]:
+    """Fetch a URL from a query's thread. Raises OSError."""
+    try:
+        return trio.from_thread.run(fetch, url, context, transport, body)
+    except (CallFailed, RuntimeError) as error:  # Trio's, where no agent runs
+        raise OSError(str(error)) from error
+
+
+def _enroll_secret(options: AgentOptions, flags: Flags) -> str:
+    """Read anew for each attempt: the file's text without white space around it, else the variable as it is."""
+    path, variable = flags.text("enroll_secret_path"), flags.text("enroll_secret_env")
+    if path:
+        try:
+            return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+    return os.environ.get(variable, "") if variable else options.enroll_secret
 
 
 def _core(options: AgentOptions, store: Store, clock: Clock, rng: Random) -> Core:
     from osqbox.agent.tables import system
 
-    instance = options.instance_id or store.get("configurations", "instance_id") or str(uuid.uuid4())
-    host_uuid = (
-        options.uuid or system.machine_uuid() or store.get("configurations", "uuid") or str(uuid.uuid4()).upper()
-    )
+    flags = Flags(options.effective_flags())
+    instance = options.instance_id or store.get("configurations", "instance_id") or _new_id(rng)
+    host_uuid = options.uuid or system.machine_uuid() or store.get("configurations", "uuid") or _new_id(rng).upper()
     store.put("configurations", "instance_id", instance)
     store.put("configurations", "uuid", host_uuid)
     now = clock.now()
@@ -172,19 +315,24 @@ def _core(options: AgentOptions, store: Store, clock: Clock, rng: Random) -> Cor
         hostname=options.hostname or system.machine_hostname(),
         uuid=host_uuid,
         instance_id=instance,
-        ephemeral_id=str(uuid.uuid4()),
-        pid=os.getpid(),
+        ephemeral_id=_new_id(rng),
+        pid=os.getpid() if options.pid is None else options.pid,
         started=now,
+        platform_type=options.platform_type,
     )
-    return Core(
+    core = Core(
         identity,
-        Flags(options.effective_flags()),
-        options.endpoints,
+        flags,
+        Endpoints(**{name: flags.text(flag) for name, flag in ENDPOINT_FLAGS.items()}),
         store,
-        enroll_secret=lambda: options.enroll_secret,
+        enroll_secret=lambda: _enroll_secret(options, flags),
         rng=rng,
         now=now,
     )
+    core.config_plugin = flags.text("config_plugin")
+    core.distributed_plugin = flags.text("distributed_plugin")
+    core.logger_plugins = tuple(filter(None, (name.strip() for name in flags.text("logger_plugin").split(","))))
+    return core
 
 
 def _machine_tables(core: Core, clock: Clock) -> Tables:
@@ -199,7 +347,7 @@ def _machine_tables(core: Core, clock: Clock) -> Tables:
 
 
 @dataclass(slots=True)
-class _Agent:
+class Agent:
     core: Core
     carves: Carves
     engine: Engine
@@ -207,71 +355,96 @@ class _Agent:
     clock: Clock
     options: AgentOptions
     context: ssl.SSLContext
+    transport: Transport
     folder: Path
-    on_event: OnEvent
+    hooks: _Hooks
     wakes: dict[str, trio.Event] = field(default_factory=dict)
+    sleeping: dict[str, set[int]] = field(default_factory=dict)
+    """With a `SteppedClock`: the seats of those who sleep on a wake."""
     limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_SQL_THREADS))
 
     async def run(self, task_status: trio.TaskStatus[Core]) -> None:
         core = self.core
-        await self._drive(core.enroll())
-        await self._supervise(core.first_config)
+        await self._drive(core.enroll(), _MAIN)
+        await self._supervise(core.first_config, _MAIN)
+        if self.options.strict_start and not core.config_valid:
+            raise ConfigUnavailable(core.uri(core.endpoints.config), core.config_error)
         task_status.started(core)
-        period_s = self.options.carve_period_s
+        threads: list[Callable[[], Thread[None]]] = [
+            core.config_refresh,
+            core.log_forwarder,
+            core.log_relay,
+            core.distributed,
+            core.scheduler,
+            functools.partial(carving.carver, core, self.carves, period_s=self.options.carve_period_s),
+        ]
         async with trio.open_nursery() as nursery:
-            for thread in (
-                core.config_refresh,
-                core.log_forwarder,
-                core.distributed,
-                core.scheduler,
-                functools.partial(carving.carver, core, self.carves, period_s=period_s),
-            ):
-                nursery.start_soon(self._supervise, thread)
+            for number, thread in enumerate(threads, 1):
+                seat = self.clock.seat() if isinstance(self.clock, SteppedClock) else number
+                nursery.start_soon(self._supervise, thread, seat)
+            if isinstance(self.clock, SteppedClock):
+                self.clock.leave()  # the first thread has done its part
 
-    async def _supervise(self, start: Callable[[], Thread[None]]) -> None:
+    async def _supervise(self, start: Callable[[], Thread[None]], seat: int) -> None:
         """Run a thread; should one of its steps fail, say so in the status log and begin it again."""
+        if isinstance(self.clock, SteppedClock) and seat:
+            await self.clock.take(seat)
         while True:
             try:
-                return await self._drive(start())
+                await self._drive(start(), seat)
+                break
             except Exception as error:  # noqa: BLE001 - whatever a server sent, the agent goes on
                 message = f"A thread failed and starts again: {type(error).__name__}: {error}"
                 self.core.status(ERROR, "dispatcher.cpp", message)
                 self.core.events.append(("thread_failed", {"error": repr(error)}))
-                await trio.sleep(_RESTART_PAUSE_S)
+                self._settle(seat)
+                await self._wait(_RESTART_PAUSE_S, seat)
+        if isinstance(self.clock, SteppedClock) and seat:
+            self.clock.leave()
 
-    async def _drive(self, thread: Thread[None]) -> None:
+    async def _drive(self, thread: Thread[None], seat: int) -> None:
         """Run one thread of the core: perform what it yields, and give it the outcome."""
-        channel = Channel(self.options.tls_hostname, self.context)
+        hostname = self.core.flags.text("tls_hostname")
+        channel = Channel(hostname, self.context, self.transport) if hostname else None
         outcome: Any = None
         try:
             while True:
                 self.core.now = self.clock.now()
                 command = thread.send(outcome)
-                self._settle()
-                outcome = await self._perform(command, channel)
+                self._settle(seat)
+                outcome = await self._perform(command, channel, seat)
         except StopIteration:
             return
         finally:
             thread.close()
-            self._settle()
-            await channel.aclose()
+            self._settle(seat)
+            if channel is not None:
+                await channel.aclose()
 
-    def _settle(self) -> None:
+    def _settle(self, seat: int) -> None:
         """After every step: what changed is durable, sleepers are woken, watchers told."""
         self.core.store.commit()
         wakes, self.core.wakes = self.core.wakes, []
         for name in wakes:
             self.wakes.pop(name, trio.Event()).set()
+            for sleeper in self.sleeping.pop(name, ()):
+                assert isinstance(self.clock, SteppedClock)
+                self.clock.wake(sleeper)
         events, self.core.events = self.core.events, []
         for name, details in events:
-            self.on_event(name, details)
+            if name == "status" and self.hooks.verbose is not None:
+                said = Status(details["severity"], details["filename"], 0, details["message"])
+                self.hooks.verbose(glog_line(said, now=details["at"], thread=self.core.identity.pid + seat))
+            self.hooks.event(name, details)
 
-    async def _perform(self, command: Command, channel: Channel) -> Any:
+    async def _perform(self, command: Command, channel: Channel | None, seat: int) -> Any:
         match command:
             case Send():
                 return await self._send(command, channel)
             case Sleep():
-                return await self._sleep(command)
+                return await self._sleep(command, seat)
+            case Call():
+                return await self._call(command)
             case Query():
                 return await self._query(command.sql)
             case HostDetails():
@@ -285,22 +458,63 @@ class _Agent:
                 return None
         raise AssertionError(f"unknown command {command!r}")
 
-    async def _send(self, command: Send, channel: Channel) -> bytes | Failure:
+    async def _send(self, command: Send, channel: Channel | None) -> bytes | Failure:
+        if channel is None:
+            return Failure("Request error: no --tls_hostname")
+        dump = self.hooks.verbose if self.core.flags.true("tls_dump") and self.core.flags.true("verbose") else None
+        if dump:
+            dump(command.body.decode("utf-8", "replace"))
         try:
-            return await channel.post(command.path, command.body, node_key=command.node_key, compress=command.compress)
+            reply = await channel.post(
+                command.path,
+                command.body,
+                node_key=command.node_key,
+                compress=command.compress,
+                method=command.method,
+            )
         except CallFailed as error:
             return Failure(str(error))
+        if dump:
+            dump(reply.decode("utf-8", "replace"))
+        return reply
 
-    async def _sleep(self, command: Sleep) -> bool:
+    async def _call(self, command: Call) -> list[dict[str, str]] | Failure:
+        if self.hooks.plugin is None:
+            return Failure(f"Unknown registry plugin: {command.plugin}")
+        return await self.hooks.plugin(command)
+
+    async def _sleep(self, command: Sleep, seat: int) -> bool:
         """Whether the core's wake came before the time did."""
         if not command.wake:
-            await trio.sleep(command.seconds)
+            await self._wait(command.seconds, seat)
             return False
+        if isinstance(self.clock, SteppedClock):
+            sleepers = self.sleeping.setdefault(command.wake, set())
+            sleepers.add(seat)
+            await self.clock.sleep(seat, command.seconds)
+            woken = seat not in self.sleeping.get(command.wake, ())
+            self.sleeping.get(command.wake, set()).discard(seat)
+            return woken
         event = self.wakes.setdefault(command.wake, trio.Event())
         with trio.move_on_after(command.seconds):
             await event.wait()
             return True
         return False
+
+    async def _wait(self, seconds: float, seat: int) -> None:
+        if isinstance(self.clock, SteppedClock):
+            await self.clock.sleep(seat, seconds)
+        else:
+            await trio.sleep(seconds)
+
+    async def query(self, sql: str) -> QueryResult:
+        """What somebody other than the core asks."""
+        found: QueryResult = await self._query(sql)
+        return found
+
+    def settle(self) -> None:
+        """After a change to the core from outside its threads: makes it durable, wakes sleepers."""
+        self._settle(_MAIN)
 
     async def _query(self, sql: str) -> Any:
         cancelled = threading.Event()
@@ -313,9 +527,10 @@ class _Agent:
             cancelled=cancelled,
         )
         try:
-            return await self._in_thread(run)
+            result = await self._in_thread(run)
         finally:
             cancelled.set()
+        return replace(result, stats=Stats()) if isinstance(self.clock, SteppedClock) else result
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         return await trio.to_thread.run_sync(call, limiter=self.limiter, abandon_on_cancel=True)
@@ -338,6 +553,7 @@ class _Agent:
             command.guid,
             command.paths,
             compress=command.compress,
+            contents=self.carves.contents,
         )
         try:
             packed: carving.Archived = await self._in_thread(build)
@@ -354,4 +570,4 @@ class _Agent:
             return Failure(str(error))
 
 
-__all__ = ["AgentOptions", "EnrollmentFailed", "run_agent"]
+__all__ = ["AgentOptions", "ConfigUnavailable", "EnrollmentFailed", "SteppedClock", "run_agent"]

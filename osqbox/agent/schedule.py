@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from osqbox.agent.messages import VERSION
+from osqbox.agent.messages import LINUX, VERSION
 
 MAX_INTERVAL_S = 604_800
 MAIN_PACK = "main"
-_PLATFORM = "linux"
+_PLATFORM_WORDS = {8: ("linux", "ubuntu", "centos"), 1: ("posix",), 16: ("darwin",), 2: ("windows",), 32: ("freebsd",)}
+"""By bit of the platform type (platform_type.h)."""
 _REFUSED_PREFIXES = ("query.", "cache.", "config_views.")
 _REFUSED_SUFFIXES = ("epoch", "counter")
 
@@ -69,6 +70,10 @@ class Config:
     """The schedule first, as pack ``main``."""
     decorators: Decorators = Decorators()
     options: Mapping[str, Any] = field(default_factory=dict)
+    signature_urls: tuple[str, ...] = ()
+    """From where the yara tables may fetch rules: scheme and host, and a regular expression for the path."""
+    signatures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Groups of YARA rule files."""
 
     def queries(self) -> Iterator[tuple[Pack, ScheduledQuery]]:
         return ((pack, query) for pack in self.packs if pack.applies for query in pack.queries)
@@ -83,17 +88,18 @@ class Rules:
     default_interval_s: int = 3600
     splay: Callable[[str, int], int] = lambda _name, interval_s: interval_s
     """The interval to use for a query's name and configured interval."""
+    platform_type: int = LINUX
 
 
 # -- checks ------------------------------------------------------------------------------------------------------
 
 
-def platform_matches(wanted: str) -> bool:
-    """A substring test, as upstream's: ``linux,darwin`` and ``posix`` include us."""
+def platform_matches(wanted: str, platform_type: int = LINUX) -> bool:
+    """A substring test, as upstream's: ``linux,darwin`` and ``posix`` include a Linux host."""
     if wanted in ("", "null"):
         return True
-    words = ("any", "all", "linux", "ubuntu", "centos", "posix")
-    return any(word in wanted for word in words)
+    ours = [word for bit, words in _PLATFORM_WORDS.items() if platform_type & bit for word in words]
+    return any(word in wanted for word in ("any", "all", *ours))
 
 
 def version_at_least(wanted: str, version: str = VERSION) -> bool:
@@ -128,6 +134,30 @@ def splay(interval_s: int, percent: int, pick: Callable[[int, int], int]) -> int
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
+def read_sources(sources: Mapping[str, Mapping[str, Any]], rules: Rules, warn: Warn) -> Config:
+    """Several sources in name order: schedules, packs and decorators add up, of options the last wins (config.cpp)."""
+    configs = [read_config(members, rules, warn) for members in sources.values()]
+    return Config(
+        packs=tuple(pack for config in configs for pack in config.packs),
+        decorators=_merged([config.decorators for config in configs]),
+        options={name: value for config in configs for name, value in config.options.items()},
+        signature_urls=tuple(url for config in configs for url in config.signature_urls),
+        signatures={name: files for config in configs for name, files in config.signatures.items()},
+    )
+
+
+def _merged(decorators: list[Decorators]) -> Decorators:
+    interval: dict[int, tuple[str, ...]] = {}
+    for each in decorators:
+        for seconds, queries in each.interval.items():
+            interval[seconds] = interval.get(seconds, ()) + queries
+    return Decorators(
+        tuple(sql for each in decorators for sql in each.load),
+        tuple(sql for each in decorators for sql in each.always),
+        interval,
+    )
+
+
 def read_config(members: Mapping[str, Any], rules: Rules, warn: Warn) -> Config:
     """Members of the wrong type are left out with a warning; nothing raises."""
     packs = [Pack(MAIN_PACK, tuple(_queries(_object(members, "schedule", warn), "", rules, warn)))]
@@ -135,11 +165,14 @@ def read_config(members: Mapping[str, Any], rules: Rules, warn: Warn) -> Config:
         if isinstance(entry, dict):
             packs.append(_pack(name, entry, rules, warn))
         else:
-            warn(f"Cannot expand pack {name}: the tls config plugin has no pack files")
+            warn(f"Cannot expand pack {name}: expected an object, or a path that the config plugin can read")
+    yara = _object(members, "yara", warn)
     return Config(
         packs=tuple(packs),
         decorators=_decorators(_object(members, "decorators", warn), warn),
         options=_object(members, "options", warn),
+        signature_urls=tuple(_strings(yara.get("signature_urls"))),
+        signatures={name: tuple(_strings(files)) for name, files in _object(yara, "signatures", warn).items()},
     )
 
 
@@ -159,7 +192,7 @@ def _pack(name: str, entry: Mapping[str, Any], rules: Rules, warn: Warn) -> Pack
 
 def _applies(entry: Mapping[str, Any], rules: Rules) -> bool:
     return (
-        platform_matches(_text(entry.get("platform")))
+        platform_matches(_text(entry.get("platform")), rules.platform_type)
         and version_at_least(_text(entry.get("version")))
         and shard_includes(_integer(entry.get("shard"), 0), rules.hostname)
     )

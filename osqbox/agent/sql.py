@@ -17,7 +17,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
-from osqbox.agent.functions import COLLATIONS, SqlError, SqlValue, compare_versions, functions, render
+from osqbox.agent.functions import (
+    COLLATIONS,
+    Scalar,
+    SqlError,
+    SqlValue,
+    compare_versions,
+    find_file_path_in_cmd,
+    functions,
+    is_path_deterministic,
+    render,
+)
 from osqbox.schema import Schema, Table, load_schema
 
 if TYPE_CHECKING:
@@ -32,12 +42,28 @@ MAX_VALUE_BYTES = 16 * 1024 * 1024
 SQLITE_HEAP_BYTES = 512 * 1024 * 1024
 MAX_SQL_BYTES = 1024 * 1024
 IDLE_CONNECTIONS = 4
+MAX_FUNCTION_PATHS = 10_000
 
 _EQ, _LIKE, _GLOB = 2, 65, 66  # SQLITE_INDEX_CONSTRAINT_*
 _OPERATORS = {_EQ: "=", _LIKE: "LIKE", _GLOB: "GLOB"}
+OPERATOR_CODES: Mapping[str, int] = {
+    "=": 2,
+    ">": 4,
+    "<=": 8,
+    "<": 16,
+    ">=": 32,
+    "MATCH": 64,
+    "LIKE": 65,
+    "GLOB": 66,
+    "REGEXP": 67,
+}
+"""SQLite's numbers, which are also those of osquery's extension API."""
+_ALL_OPERATORS = {code: operator for operator, code in OPERATOR_CODES.items()}
+_MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1
 _OVERFLOW_COLUMN = 63  # the last bit of colUsed stands for all columns from here on
 _DEADLINE_EVERY_ROWS = 64
 _DEADLINE_EVERY_STEPS = 5_000
+_SLOW_FUNCTIONS = frozenset({"regex_match", "regex_split"})
 
 
 # -- what a table source sees ------------------------------------------------------------------------------------
@@ -47,7 +73,7 @@ _DEADLINE_EVERY_STEPS = 5_000
 class Constraint:
     column: str
     operator: str
-    """``=``, ``LIKE`` or ``GLOB``."""
+    """``=``, ``LIKE`` or ``GLOB``; for a table of an extension any of `OPERATOR_CODES`."""
     value: str
     """As text, whatever the query wrote."""
 
@@ -96,6 +122,12 @@ class TableSource:
     generate: Generate
     pushdown: frozenset[str] = frozenset()
     """Columns whose constraints ``generate`` makes use of."""
+    gather: Callable[[Sequence[str], Callable[[str], None]], str] | None = None
+    """What the table's SQL function does with a query's values, and where it warns; only ``carves`` has one."""
+    definition: Table | None = None
+    """Of a table that the schema does not have: one that an extension registered."""
+    view: str = ""
+    """The SELECT of a view: then there is no table, and nothing generates."""
 
 
 Tables = Mapping[str, TableSource]
@@ -171,6 +203,20 @@ class Engine:
             outcome = connection.execute(sql, run, max_rows, timeout_s)
         return QueryResult(**outcome, stats=meter.stats, warnings=tuple(run.warnings), event_based=run.event_based)
 
+    def columns(self, sql: str, *, tables: Tables | None = None) -> tuple[list[tuple[str, str]], str]:
+        """Name and type of each column of the first statement, or why it is refused. Runs nothing.
+
+        The type of an expression is read from SQLite's program for it, as osqueryd does, and may be UNKNOWN.
+        """
+        import apsw
+
+        run = _Run(self.tables if tables is None else tables, time.monotonic() + DEFAULT_TIMEOUT_S, None)
+        try:
+            with self._connection() as connection:
+                return connection.columns(sql, run), ""
+        except (apsw.Error, SqlError, UnicodeError) as error:
+            return [], str(error)
+
     def raw_rows(self, name: str, *, tables: Tables | None = None) -> list[dict[str, str]]:
         """A table's rows straight from its source, unknown keys included: what enrollment sends of a host.
 
@@ -205,7 +251,8 @@ class _Run:
     """The state of one query: its tables, deadline and snapshots."""
 
     def __init__(self, tables: Tables, deadline: float, cancelled: Cancelled | None) -> None:
-        self.tables = tables
+        self.tables: Tables = dict(tables.items())
+        """One set for the whole query, should extensions come or go meanwhile."""
         self.plans: list[_Plan] = []
         self.warnings: list[str] = []
         self.event_based = False
@@ -274,14 +321,22 @@ class _Plan:
 
 
 def _to_integer(value: SqlValue) -> SqlValue:
-    if isinstance(value, bool):
-        return int(value)
-    if value is None or isinstance(value, (int, float)):
+    if value is None or isinstance(value, float):
         return value
     try:
-        return int(value)
+        number = int(value)
     except ValueError:
         return None  # as upstream, which cannot cast it either
+    return number if _MIN_INT64 <= number <= _MAX_INT64 else None
+
+
+def _to_unsigned(value: SqlValue) -> SqlValue:
+    """The upper half of the range is negative to SQLite, as it is upstream."""
+    try:
+        number = int(value) if isinstance(value, (int, str, bytes)) else 0
+    except ValueError:
+        return None
+    return number - 2**64 if _MAX_INT64 < number < 2**64 else _to_integer(value)
 
 
 def _to_text(value: SqlValue) -> SqlValue:
@@ -302,8 +357,9 @@ _COERCE: Mapping[str, Callable[[SqlValue], SqlValue]] = {
     "TEXT": _to_text,
     "INTEGER": _to_integer,
     "BIGINT": _to_integer,
-    "UNSIGNED BIGINT": _to_integer,
+    "UNSIGNED BIGINT": _to_unsigned,
     "DOUBLE": _to_double,
+    "BLOB": _to_text,
 }
 
 
@@ -333,11 +389,12 @@ class _VirtualTable:
         run, columns = self.connection.run, self.table.all_columns
         found = run.tables.get(self.table.name)
         pushdown = found.pushdown if found else frozenset[str]()
+        operators = _ALL_OPERATORS if found and found.definition else _OPERATORS
         passed: list[tuple[int, str]] = []
         cost = 1e6
         for number in range(info.nConstraint):
             column = info.get_aConstraint_iColumn(number)
-            operator = _OPERATORS.get(info.get_aConstraint_op(number))
+            operator = operators.get(info.get_aConstraint_op(number))
             if operator is None or column < 0 or not info.get_aConstraint_usable(number):
                 continue
             cheap = columns[column].name in pushdown or columns[column].name in self.table.required
@@ -347,7 +404,7 @@ class _VirtualTable:
                 continue
             passed.append((column, operator))
             info.set_aConstraintUsage_argvIndex(number, len(passed))
-            cost = min(cost, 1.0 if cheap else 1000.0)
+            cost = min(cost, self._lookup_cost(columns[column].name, cheap=cheap))
         used = frozenset(
             c.name
             for number, c in enumerate(columns)
@@ -360,6 +417,12 @@ class _VirtualTable:
         info.idxNum = len(run.plans)
         run.plans.append(_Plan(used, tuple(passed)))
         return True
+
+    def _lookup_cost(self, column: str, *, cheap: bool) -> float:
+        """An extension's table without an index costs a whole call: rather one than one per row of another table."""
+        if self.table.name in self.connection.foreign and column not in self.table.index:
+            return 5e5
+        return 1.0 if cheap else 1000.0
 
     def _lacks_required(self, passed: Iterable[tuple[int, str]]) -> bool:
         columns, required = self.table.all_columns, self.table.required
@@ -378,8 +441,8 @@ class _VirtualTable:
         import apsw
 
         run, table = self.connection.run, self.table
-        if table.event_based:
-            run.event_based = True
+        run.event_based = run.event_based or table.event_based
+        if table.event_based and self.table.name not in self.connection.foreign:
             run.warn(f"Table {table.name} is event-based but events are disabled")
         if self._lacks_required(plan.passed):
             run.warn(f"Table {table.name} was queried without a required column in the WHERE clause")
@@ -449,17 +512,23 @@ class _Connection:
 
         apsw.hard_heap_limit(SQLITE_HEAP_BYTES)
         self.run = _Run({}, 0.0, None)
+        self.foreign: dict[str, Table] = {}
+        """Tables that the schema does not have, as the last query found them."""
+        self._views: dict[str, str] = {}
+        """Name -> SQL, those that SQLite refused included."""
+        self._known = schema.names
         self._db = apsw.Connection(":memory:", statementcachesize=0)
         self._db.limit(apsw.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
         self._db.limit(apsw.SQLITE_LIMIT_SQL_LENGTH, MAX_SQL_BYTES)
         self._db.limit(apsw.SQLITE_LIMIT_ATTACHED, 0)
         for name, table in schema.names.items():
-            module = cast("Any", _Module(table, self))  # ShadowName is for modules that keep tables
-            self._db.create_module(
-                name, module, use_bestindex_object=True, eponymous=True, eponymous_only=True, read_only=True
-            )
+            self._offer(name, table)
         for (name, count), function in functions().items():
-            self._db.create_scalar_function(name, function.call, count, deterministic=True)
+            call = self._in_time(function.call) if name in _SLOW_FUNCTIONS else function.call
+            self._db.create_scalar_function(name, call, count, deterministic=True)
+        self._db.create_aggregate_function("carve", self._carve, 1)
+        for call in (find_file_path_in_cmd, is_path_deterministic):
+            self._db.create_scalar_function(call.__name__, functools.partial(call, self._is_file), -1)
         for name, rules in COLLATIONS.items():
             self._db.create_collation(name, functools.partial(compare_versions, rules=rules))
         self._db.set_authorizer(_authorize)
@@ -468,14 +537,127 @@ class _Connection:
     def _over(self) -> bool:
         return self.run.over()
 
+    def _in_time(self, call: Scalar) -> Scalar:
+        """Asks for the deadline before each call: SQLite itself asks only every few thousand steps."""
+
+        def timed(*values: SqlValue) -> SqlValue:
+            self.run.checkpoint()
+            return call(*values)
+
+        return timed
+
+    def _is_file(self, path: str) -> bool:
+        """Whether the host has this, and it is no directory, as its table of files says."""
+        files = self.run.tables.get("file")
+        if files is None or not path:
+            return False
+        context = Context((Constraint("path", "=", path),), checkpoint=self.run.checkpoint)
+        return any(row.get("path") == path and row.get("type") != "directory" for row in files.generate(context))
+
+    def _carve(self) -> tuple[list[str], Callable[..., None], Callable[[list[str]], str | None]]:
+        """``carve(path)`` (sqlite_operations.cpp): an aggregate, so every path of a query is in one carve."""
+
+        def step(paths: list[str], value: SqlValue) -> None:
+            if value is not None and len(paths) < MAX_FUNCTION_PATHS:
+                paths.append(render(value))
+
+        def final(paths: list[str]) -> str | None:
+            carves = self.run.tables.get("carves")
+            if carves is None or carves.gather is None:
+                return None
+            return carves.gather(sorted(set(paths)), self.run.warn)
+
+        return [], step, final
+
+    def _offer(self, name: str, table: Table) -> None:
+        module = cast("Any", _Module(table, self))  # ShadowName is for modules that keep tables
+        self._db.create_module(
+            name, module, use_bestindex_object=True, eponymous=True, eponymous_only=True, read_only=True
+        )
+
+    def _start(self, run: _Run) -> None:
+        """Begin a query: its foreign tables and views appear, those of earlier queries go."""
+        self.run = run
+        wanted = {name: found.definition for name, found in run.tables.items() if found.definition is not None}
+        self._define({name: found.view for name, found in run.tables.items() if found.view and name not in self._known})
+        if wanted == self.foreign:
+            return
+        for name in self.foreign.keys() - wanted.keys():
+            self._db.create_module(name, None)
+        for name, table in wanted.items():
+            self._offer(name, table)
+        self.foreign = wanted
+
+    def _define(self, views: Mapping[str, str]) -> None:
+        if views == self._views:
+            return
+        self._db.set_authorizer(None)
+        try:
+            for name in [name for name, sql in self._views.items() if views.get(name) != sql]:
+                self._db.execute(f'DROP VIEW IF EXISTS "{name}"')
+                del self._views[name]
+            for name in views.keys() - self._views.keys():
+                self._create_view(name, views[name])
+                self._views[name] = views[name]
+        finally:
+            self._db.set_authorizer(_authorize)
+
+    def _create_view(self, name: str, sql: str) -> None:
+        """One that SQLite refuses does not exist: the queries that want it say so."""
+        import apsw
+
+        with contextlib.suppress(apsw.SQLError, apsw.TooBigError, apsw.ExecTraceAbort, UnicodeError):
+            self._only_first(f'CREATE VIEW "{name}" AS {sql}')
+
+    def _only_first(self, sql: str) -> Any:
+        """Execute the first statement; when a second one is about to start, raise ExecTraceAbort."""
+        statements: list[str] = []
+
+        def trace(_cursor: apsw.Cursor, statement: str, _bindings: object) -> bool:
+            statements.append(statement)
+            return len(statements) == 1
+
+        cursor = self._db.cursor()
+        cursor.exec_trace = trace
+        return cursor.execute(sql)
+
+    def columns(self, sql: str, run: _Run) -> list[tuple[str, str]]:
+        import apsw
+
+        found: list[tuple[str, str]] = []
+
+        def describe(cursor: apsw.Cursor, _sql: str, _bindings: object) -> bool:
+            found.extend((name, kind or "") for name, kind in cursor.get_description())
+            return False
+
+        self._start(run)
+        cursor = self._db.cursor()
+        cursor.exec_trace = describe
+        with contextlib.suppress(apsw.ExecTraceAbort):
+            cursor.execute(sql)
+        if all(kind for _, kind in found):
+            return found
+        kinds = _expression_types(self._program(sql))
+        return [(name, kind or kinds.get(at, "UNKNOWN")) for at, (name, kind) in enumerate(found)]
+
+    def _program(self, sql: str) -> list[tuple[str, int, int, int]]:
+        """Opcode, P1, P2 and P3 of each instruction of the first statement."""
+        import apsw
+
+        program: list[tuple[str, int, int, int]] = []
+        with contextlib.suppress(apsw.Error):  # of a second statement, which nobody asked about
+            for _, opcode, p1, p2, p3, *_rest in self._only_first(f"EXPLAIN {sql}"):
+                program.append((opcode, p1, p2, p3))
+        return program
+
     def execute(self, sql: str, run: _Run, max_rows: int, timeout_s: float) -> dict[str, Any]:
         """The fields of a `QueryResult` that SQLite decides."""
         import apsw
 
-        self.run = run
         columns: tuple[str, ...] = ()
         rows: list[dict[str, SqlValue]] = []
         try:
+            self._start(run)
             if not sql.strip():
                 raise SqlError("not an error")  # what sqlite3_errmsg says of a query without a statement
             size_bytes = 0
@@ -495,6 +677,40 @@ class _Connection:
         except Exception as error:  # noqa: BLE001 - a source's bug fails its query, never the agent
             return _failed(f"{type(error).__name__}: {error}")
         return {"columns": columns, "typed_rows": rows}
+
+
+_REGISTER_TYPES: Mapping[str, tuple[int, str]] = {
+    "Integer": (2, "INTEGER"),
+    "Int64": (2, "BIGINT"),
+    "Real": (2, "DOUBLE"),
+    **dict.fromkeys(("String", "String8"), (2, "TEXT")),
+    "Concat": (3, "TEXT"),
+    **dict.fromkeys(("AggStep", "AggStep1"), (3, "BIGINT")),
+    **dict.fromkeys(("Add", "Subtract", "Multiply", "Divide", "Remainder"), (3, "BIGINT")),
+    **dict.fromkeys(("BitAnd", "BitOr", "ShiftLeft", "ShiftRight"), (3, "BIGINT")),
+    **dict.fromkeys(("And", "Or"), (3, "INTEGER")),
+}
+"""Opcode -> which of its operands names the register it writes, and the type of what it writes there."""
+_CASTS = {"A": "BLOB", "B": "TEXT", "C": "BIGINT", "D": "BIGINT", "E": "DOUBLE"}
+
+
+def _expression_types(program: Iterable[tuple[str, int, int, int]]) -> dict[int, str]:
+    """Types of the columns of a result by position, as far as the program tells (sqlite_util.cpp, applyTypes)."""
+    registers: dict[int, str] = {}
+    found: dict[int, str] = {}
+    for opcode, *operands in program:
+        p1, p2, p3 = operands
+        if opcode == "ResultRow":
+            found |= {at: registers[p1 + at] for at in range(p2) if p1 + at in registers}
+        elif opcode in ("Copy", "SCopy"):
+            count = p3 + 1 if opcode == "Copy" else 1
+            registers |= {p2 + at: registers[p1 + at] for at in range(count) if p1 + at in registers}
+        elif opcode == "Cast":
+            registers[p1] = _CASTS.get(chr(p2), "BLOB")
+        elif opcode in _REGISTER_TYPES:
+            operand, kind = _REGISTER_TYPES[opcode]
+            registers[operands[operand - 1]] = kind
+    return found
 
 
 def _failed(message: str) -> dict[str, Any]:

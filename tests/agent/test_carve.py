@@ -53,6 +53,26 @@ def test_like_carves_all_matches_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("disabled", "sql", "shown", "carved"),
+    [
+        ("false", "select carve('/etc/hostname') as c", ["Carve Started"], ["/etc/hostname"]),
+        ("false", "select carve(p) as c from (select '/b' as p union select '/a')", ["Carve Started"], ["/a,/b"]),
+        ("false", "select carve(null) as c", ["Carve Failed:"], []),
+        ("true", "select carve('/etc/hostname') as c", ["Carve Failed:"], []),
+    ],
+)
+def test_the_function_carves_all_paths_of_a_query_together(
+    disabled: str, sql: str, shown: list[str], carved: list[str]
+) -> None:
+    numbers = itertools.count(1)
+    flags = Flags({"carver_disable_function": disabled})
+    carves = Carves(MemoryStore(), new_id=lambda: f"id-{next(numbers)}", now=lambda: START, flags=flags)
+    result = Engine(carves.tables()).query(sql)
+    assert ([row["c"] for row in result.rows], result.message) == (shown, "")
+    assert [found.path for found in carves.scheduled()] == carved
+
+
+@pytest.mark.parametrize(
     "where", ["", "where carve = 1", "where path = '/etc/hostname'", "where path = '/x' and carve = 0"]
 )
 def test_only_looking_carves_nothing(where: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -108,3 +111,33 @@ def test_comparing_versions_is_antisymmetric_but_for_the_hyphen(left: str, right
 @given(st.none() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary())
 def test_rendering_never_fails_and_never_holds_a_nul(value: f.SqlValue) -> None:
     assert "\0" not in f.render(value)
+
+
+# -- patterns that would never end -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [r"(x+x+)+y", r"(x|xx)+$", r"^(([a-z])+.)+[A-Z]([a-z])+$"])
+def test_a_catastrophic_pattern_fails_its_query_and_lets_other_threads_run(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osqbox.agent.functions.REGEX_TIMEOUT_S", 0.5)
+    ticks: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(0.01):
+            ticks.append(time.monotonic())
+
+    other = threading.Thread(target=tick)
+    other.start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(f.SqlError, match=r"Regex took longer than 0\.5 s"):
+            f.regex_match("x" * 5000 + "!", pattern, 0)
+    finally:
+        took = time.monotonic() - started
+        over.set()
+        other.join()
+    assert took < 5
+    gaps = [later - earlier for earlier, later in itertools.pairwise(ticks)]
+    assert max(gaps, default=0) < 0.3, "the match held the interpreter"

@@ -6,7 +6,10 @@ import functools
 import gzip
 import http.server
 import json
+import os
 import queue
+import random
+import re
 import signal
 import socket
 import ssl
@@ -17,6 +20,7 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -26,10 +30,10 @@ import pytest
 import trio
 import trustme
 
-from osqbox.agent.client import EnrollmentFailed
-from osqbox.agent.runner import AgentOptions, run_agent
+from osqbox.agent.client import Call, EnrollmentFailed, Failure
+from osqbox.agent.runner import AgentOptions, SteppedClock, run_agent
 from osqbox.agent.sql import Context, Row, source
-from osqbox.agent.wire import CallFailed, Channel, client_context
+from osqbox.agent.wire import CallFailed, Channel, Transport, client_context
 from osqbox.errors import BadSetup
 
 TIMEOUT_S = 20
@@ -42,6 +46,7 @@ class Seen:
     headers: list[tuple[str, str]]
     connection: int
     """The client's port."""
+    raw: bytes = b""
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Server:
     replies: dict[str, Any] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
     news: queue.Queue[Seen] = field(default_factory=queue.Queue)
+    tls: ssl.SSLContext = field(default_factory=lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     @property
     def hostname(self) -> str:
@@ -84,7 +90,7 @@ def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             raw = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers["Content-Encoding"] == "gzip":
                 raw = gzip.decompress(raw)
-            seen = Seen(self.path, json.loads(raw), self.headers.items(), self.client_address[1])
+            seen = Seen(self.path, json.loads(raw), self.headers.items(), self.client_address[1], raw)
             server.seen.append(seen)
             reply = server.reply(seen)
             server.news.put(seen)
@@ -121,13 +127,18 @@ def ca() -> trustme.CA:
 
 @pytest.fixture
 def server(ca: trustme.CA, tmp_path: Path) -> Iterator[Server]:
+    with serving(ca, tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def serving(ca: trustme.CA, tmp_path: Path) -> Iterator[Server]:
     ca_file = tmp_path / "ca.pem"
     ca.cert_pem.write_to_path(str(ca_file))
     made = Server(ca_file)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ca.issue_cert("localhost").configure_cert(context)
+    ca.issue_cert("localhost").configure_cert(made.tls)
     listening = QuietServer(("127.0.0.1", 0), handler(made))
-    listening.socket = context.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
+    listening.socket = made.tls.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
     made.port = listening.server_port
     thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -429,7 +440,7 @@ def answer_with(ca: trustme.CA, raw: bytes) -> str:
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}", "{}"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", "{}"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}", "{}"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "failed: Request error: peer closed connection"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "failed: Request error: stream truncated"),
         (b"", "failed: Request error: "),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "failed: Request error: "),
         (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "failed: Request error: redirect without a Location"),
@@ -458,10 +469,10 @@ def test_nobody_listening_is_told_in_words() -> None:
         trio.run(main)
 
 
-def test_a_silent_server_is_given_up_after_the_deadline(ca: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("osqbox.agent.wire.CALL_TIMEOUT_S", 0.2)
+def test_a_silent_server_is_given_up_after_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        channel = Channel(f"localhost:{silent.getsockname()[1]}", ssl.create_default_context())
+        hostname = f"localhost:{silent.getsockname()[1]}"
+        channel = Channel(hostname, ssl.create_default_context(), Transport(timeout_s=0.2))
         with pytest.raises(CallFailed, match="timeout"):
             trio.run(lambda: channel.post("/", b"{}"))
 
@@ -496,3 +507,173 @@ def test_the_verb_says_what_is_wrong(tmp_path: Path) -> None:
     assert "cannot use the certificates" in done.stderr
     assert "try: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- flags, plugins and time -------------------------------------------------------------------------------------
+
+
+def test_endpoints_secret_and_certificates_may_come_from_flags(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program does that is given osqueryd's command line."""
+    monkeypatch.setenv("THE_SECRET", " from the environment\n")
+    flags = {
+        "enroll_tls_endpoint": "/a/enroll",
+        "tls_server_certs": str(server.ca_file),
+        "enroll_secret_env": "THE_SECRET",
+    }
+    run_until(server, lambda: bool(server.calls("config")), server.options(server_certs=None, flags=flags))
+    assert [seen.path for seen in server.calls("enroll")] == ["/a/enroll"]
+    assert server.calls("enroll")[0].body["enroll_secret"] == " from the environment\n"
+    server.seen.clear()
+    (tmp_path / "secret").write_text(" from a file\n")
+    by_file = {**flags, "enroll_secret_path": str(tmp_path / "secret")}
+    run_until(server, lambda: bool(server.calls("config")), server.options(server_certs=None, flags=by_file))
+    assert server.calls("enroll")[0].body["enroll_secret"] == "from a file"
+
+
+def test_certificates_that_flags_name_are_only_warned_of(server: Server, tmp_path: Path) -> None:
+    """osqueryd goes on, trusts nobody and says why its calls fail."""
+    flags = {"tls_server_certs": str(tmp_path / "none.pem"), "tls_enroll_max_attempts": "1"}
+    lines: list[str] = []
+
+    async def main() -> None:
+        await run_agent(server.options(server_certs=None, flags=flags), on_verbose=lines.append)
+
+    with pytest.raises(EnrollmentFailed, match="unable to get local issuer certificate"):
+        trio.run(main)
+    assert any("Cannot read TLS server certificate(s)" in line for line in lines)
+
+
+def test_a_client_certificate_may_come_from_flags(server: Server, ca: trustme.CA, tmp_path: Path) -> None:
+    """Both files or none; a key that does not fit is a warning, and nothing is sent."""
+    mine, other = ca.issue_cert("me"), ca.issue_cert("other")
+    mine.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    mine.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    other.private_key_pem.write_to_path(str(tmp_path / "other.pem"))
+    server.tls.verify_mode = ssl.CERT_REQUIRED
+    ca.configure_trust(server.tls)
+    certs = {"tls_client_cert": str(tmp_path / "cert.pem"), "tls_client_key": str(tmp_path / "key.pem")}
+    run_until(server, lambda: bool(server.calls("config")), server.options(flags=certs))
+    wrong = {**certs, "tls_client_key": str(tmp_path / "other.pem"), "tls_enroll_max_attempts": "1"}
+    lines: list[str] = []
+
+    async def main() -> None:
+        await run_agent(server.options(flags=wrong), on_verbose=lines.append)
+
+    with pytest.raises(EnrollmentFailed):
+        trio.run(main)
+    assert any("Cannot read TLS client certificate" in line for line in lines)
+
+
+def test_verbose_lines_are_glogs_and_bodies_are_dumped_on_demand(server: Server) -> None:
+    lines: list[str] = []
+    flags = {"verbose": "true", "tls_dump": "true"}
+    run_until(
+        server, lambda: bool(server.calls("config")), server.options(flags=flags, pid=100), on_verbose=lines.append
+    )
+    uri = f"https://{server.hostname}/api/v1/osquery/enroll"
+    text = "\n".join(lines)
+    stamp = r"I\d{4} \d\d:\d\d:\d\d\.\d{6} 100"
+    message = f"TLSEnrollPlugin requesting a node enroll key from: {uri}"
+    assert re.search(rf"(?m)^{stamp} tls_enroll.cpp:0\] {message}$", text)
+    assert f"] TLS/HTTPS POST request to URI: {uri}\n" in text
+    assert '{"enroll_secret":"s"' in text
+    assert '{"node_key": "key"}' in text
+
+
+def test_plugins_that_are_not_tls_are_asked_by_name() -> None:
+    """Config, queries and logs go elsewhere: no server is needed, not even to enroll."""
+    asked: list[Call] = []
+    written = trio.Event()
+
+    async def plugin(call: Call) -> list[dict[str, str]] | Failure:
+        asked.append(call)
+        match call.registry, call.request.get("action"):
+            case "config", "genConfig":
+                return [{"here": json.dumps({"options": {"schedule_splay_percent": 0}})}]
+            case "distributed", "getQueries":
+                return [{"results": json.dumps({"queries": {"q": "select 1 as a"}})}]
+            case "distributed", "writeResults":
+                written.set()
+        return []
+
+    flags = {"config_plugin": "ext", "distributed_plugin": "ext", "logger_plugin": "ext,filesystem"}
+
+    async def main() -> None:
+        with trio.fail_after(TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                options = AgentOptions("", None, flags=flags)
+                await nursery.start(functools.partial(run_agent, options, call_plugin=plugin))
+                await written.wait()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    (write,) = [call for call in asked if call.request.get("action") == "writeResults"][:1]
+    assert json.loads(write.request["results"])["queries"] == {"q": [{"a": "1"}]}
+
+
+def test_rules_of_a_url_are_fetched_over_the_agents_own_tls(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "evidence"
+    file.write_bytes(b"xx hello")
+    rule = b'rule greeting { strings: $a = "hello" condition: $a }'
+    url = f"https://{server.hostname}/yara/greeting"
+    server.replies = {
+        "v1/osquery/config": {
+            "yara": {"signature_urls": [f"https://{server.hostname}/yara/.*"]},
+            "options": {"yara_sigurl_authenticate": True},
+        },
+        "distributed/read": [{"queries": {"q": f"select * from yara where path='{file}' and sigurl='{url}'"}}, {}],
+        "yara/greeting": (200, {}, rule),
+    }
+    run_until(server, lambda: bool(server.calls("write")), server.options())
+    (asked,) = server.calls("yara/greeting")
+    assert asked.body == {"node_key": "key"}
+    assert [name for name, _ in asked.headers] == ["Content-Type", "Host", "Content-Length"]
+    (row,) = server.calls("write")[0].body["queries"]["q"]
+    assert (row["matches"], row["count"]) == ("greeting", "1")
+
+
+@pytest.mark.timeout(30)
+def test_with_a_seed_and_a_start_time_the_same_bodies_are_sent_twice(ca: trustme.CA, tmp_path: Path) -> None:
+    """Ten minutes of a schedule, queries, logs and a carve pass at once, byte for byte the same."""
+    evidence = tmp_path / "evidence"
+    evidence.write_bytes(b"0123456789" * 2000)
+    os.utime(evidence, (1, 1))
+    first, second = [one_life(ca, tmp_path / str(number), evidence) for number in range(2)]
+    length = min(len(first), len(second))  # where a life is cut off is a matter of real time
+    assert first[:length] == second[:length]
+    calls = [path.rsplit("/", 1)[1] for path, _ in first[:length]]
+    assert {"enroll", "config", "log", "read", "write", "begin", "block"} <= set(calls)
+    assert len([path for path in calls if path == "read"]) > 30
+
+
+def one_life(ca: trustme.CA, folder: Path, evidence: Path) -> list[tuple[str, bytes]]:
+    folder.mkdir()
+    with serving(ca, folder) as server:
+        clock = SteppedClock(1_700_000_000.0)
+        queries = {
+            "now": {"query": "select unix_time from time", "interval": 30},
+            "info": {
+                "query": "select pid, instance_id, start_time from osquery_info",
+                "interval": 60,
+                "snapshot": True,
+            },
+        }
+        read = {
+            "queries": {"c": f"select * from carves where path = '{evidence}' and carve = 1", "q": "select * from time"}
+        }
+        server.replies = {
+            "osquery/config": {"schedule": queries, "decorators": {"load": ["select uuid from system_info"]}},
+            "distributed/read": [read, {}],
+            "carve/begin": {"session_id": "s"},
+        }
+        tables = {
+            "time": source(lambda _context: [{"unix_time": int(clock.now())}]),
+            "system_info": source(lambda _context: [{"uuid": "U", "hostname": "h"}]),
+        }
+        options = server.options(distributed_interval=15, logger_period=10, hostname="h", uuid="U", pid=7)
+        run_until(
+            server, lambda: clock.now() > 1_700_000_600, options, tables=tables, clock=clock, rng=random.Random(7)
+        )
+        return [(seen.path, seen.raw) for seen in server.seen]

@@ -69,7 +69,7 @@ def test_packs_prefix_their_queries() -> None:
     ((pack, found),) = config.queries()
     assert found.name == "pack/web/q"
     assert pack.discovery == ("select 2",)
-    assert warnings == ["Cannot expand pack file: the tls config plugin has no pack files"]
+    assert warnings == ["Cannot expand pack file: expected an object, or a path that the config plugin can read"]
 
 
 @pytest.mark.parametrize(

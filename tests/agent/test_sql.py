@@ -270,3 +270,73 @@ def test_statistics_are_measured(engine: Engine) -> None:
     )
     assert result.stats.wall_time_ms > 0
     assert result.stats.wall_time_ms < 60_000
+
+
+EVENT_TABLES = [table.name for table in load_schema() if table.event_based]
+
+
+@pytest.mark.parametrize("name", EVENT_TABLES)
+def test_event_tables_answer_as_with_events_disabled(name: str) -> None:
+    result = Engine().query(f"select * from {name}")
+    assert (result.status, result.rows) == (0, [])
+    assert result.warnings == (f"Table {name} is event-based but events are disabled",)
+
+
+def test_many_slow_patterns_together_keep_to_the_querys_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them is within its own bound."""
+    slow = "(with recursive c(n) as (select 1 union all select n + 1 from c where n < 1000) select n from c)"
+    sql = f"select count(regex_match(substr('{'x' * 27}', 1, 24 + n % 3) || n || '!', '(x|xx)+$', 0)) as c from {slow}"
+    started = time.monotonic()
+    result = Engine().query(sql, timeout_s=0.5)
+    assert result.status == 1
+    assert result.message.startswith(("interrupted", "Regex took longer"))
+    assert time.monotonic() - started < 4
+
+
+# -- functions that look at the host -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("find_file_path_in_cmd('/bin/app --x')", "/bin/app"),
+        ("find_file_path_in_cmd('  /bin/app')", "/bin/app"),
+        ("find_file_path_in_cmd('/bin/my app --x')", "/bin/my"),
+        ("""find_file_path_in_cmd('"/bin/my app" --x', 1)""", "/bin/my app"),
+        (r"find_file_path_in_cmd('/bin/my\ app --x')", "/bin/my app"),
+        ("find_file_path_in_cmd('/bin/my^ app --x', 0, '^')", "/bin/my app"),
+        ("find_file_path_in_cmd('/bin')", ""),
+        ("find_file_path_in_cmd('/nowhere -x')", ""),
+        ("is_path_deterministic('/bin/app')", "1"),
+        ("is_path_deterministic('/bin/my app')", "0"),
+        ("""is_path_deterministic('"/bin/my app"', 1)""", "1"),
+        ("is_path_deterministic('/nowhere')", "1"),
+        (r"parent_directory('C:\a\b')", r"C:\a"),
+        ("parent_directory('/a/b')", ""),
+    ],
+)
+def test_what_a_command_would_run_is_looked_up_in_the_hosts_own_files(expression: str, value: str) -> None:
+    kinds = {"/bin": "directory", "/bin/app": "regular", "/bin/my": "regular", "/bin/my app": "regular"}
+
+    def files(context: Context) -> Iterator[Row]:
+        path = context.equal_to("path")
+        if path in kinds:
+            yield {"path": path, "type": kinds[path]}
+
+    result = Engine({"file": source(files, "path")}).query(f"select {expression} as x")
+    assert (result.rows, result.message) == ([{"x": value}], "")
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("find_file_path_in_cmd()", "Invalid inputs to find_binary_path_from_cmd"),
+        ("find_file_path_in_cmd(null)", "Invalid inputs to find_binary_path_from_cmd"),
+        ("find_file_path_in_cmd('a', 1, '^^')", "Invalid inputs to find_binary_path_from_cmd"),
+        ("is_path_deterministic(null)", "Invalid inputs to is_path_deterministic"),
+        ("parent_directory(1)", "Invalid inputs to parent_directory, TEXT was expected"),
+    ],
+)
+def test_what_they_refuse(expression: str, message: str) -> None:
+    result = Engine().query(f"select {expression}")
+    assert (result.status, result.message) == (1, message)
