@@ -30,7 +30,9 @@ VERBS = {
     "yara": "YARA rules that hosts fetch",
     "tenants": "tenants and their enroll secrets",
     "certs": "the CA and its certificates: show, issue, renew, revoke",
-    "agent": "run an osquery agent for this machine",
+    "agent": "run an osquery agent for this machine or a pretended one, in 0..n instances",
+    "swarm": "thousands of agents in one process, against any osquery server",
+    "osqueryd": "a stand-in for the osqueryd program",
 }
 
 

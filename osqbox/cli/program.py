@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, Protocol
 
 import trio
@@ -17,30 +14,16 @@ import trio
 from osqbox import __version__
 from osqbox.box import Box, open_box
 from osqbox.cli import as_called
+from osqbox.cli.tune import tune_process
 from osqbox.errors import OsqboxError
 from osqbox.running import Registration, write_private
 from osqbox.settings import Settings
-
-OPEN_FILES = 65536
-SWITCH_INTERVAL_S = 0.0005
-"""A busy thread keeps the interpreter for this long; the default of 5 ms is what a loop would wait."""
 
 
 class Body(Protocol):
     """What runs beside the box; calls ``announce`` when the box is ready for its user, returns the exit code."""
 
     def __call__(self, box: Box, announce: Callable[[], None]) -> Awaitable[int]: ...
-
-
-def tune_process() -> None:
-    """Settings of the whole process, made only by the program: a host's pytest process keeps its own."""
-    gc.set_threshold(100_000, 50, 100)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def run_program(settings: Settings, options: dict[str, Any], registration: Registration, body: Body | None) -> int:
