@@ -538,6 +538,18 @@ def test_a_carve_reaches_the_box(folder: Path, start: Start, osqbox: Osqbox) -> 
     osqbox.wait_for("carve", timeout=WAIT_S)
 
 
+def test_no_configuration_at_the_start_ends_it_where_the_older_rule_is_asked_for(
+    folder: Path, start: Start, osqbox: Osqbox
+) -> None:
+    """The server is real and enrolls it; only the path of the config leads nowhere."""
+    daemon = start(
+        f"--flagfile={osqbox.flagfile}", f"--pidfile={folder}/pid", f"--database_path={folder}/db",
+        "--disable_extensions", "--config_tls_endpoint=/nowhere", "--config_tls_max_attempts=1", "--osqbox_strict_start",
+    )  # fmt: skip
+    daemon.says("cannot retrieve a configuration from")
+    assert daemon.ended() == 1
+
+
 def test_a_server_that_refuses_ends_it_with_78(folder: Path, start: Start, osqbox: Osqbox) -> None:
     daemon = start(
         f"--flagfile={osqbox.flagfile}", f"--pidfile={folder}/pid", f"--database_path={folder}/db",

@@ -38,6 +38,7 @@ _OWN = (
     ("osqbox_start_time", "string", ""),
     ("osqbox_carve_period", "uint32", "60"),
     ("osqbox_install", "string", ""),
+    ("osqbox_strict_start", "bool", "false"),
 )
 """Ours; osqueryd has no flag that starts so, nor will have."""
 _DEBUG_BUILDS_ONLY = frozenset({"tls_allow_unsafe"})

@@ -196,6 +196,7 @@ class Daemon:
             platform_type=host.platform_type,
             pid=host.pid,
             carve_period_s=max(1, line.integer("osqbox_carve_period")),
+            strict_start=line.true("osqbox_strict_start"),
             sql_timeout_s=_UNLIMITED_S if line.true("disable_watchdog") else DEFAULT_TIMEOUT_S,
         )
         # osqueryd's own defaults, where those of AgentOptions are a demo's.
