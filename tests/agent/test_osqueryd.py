@@ -544,7 +544,8 @@ def test_no_configuration_at_the_start_ends_it_where_the_older_rule_is_asked_for
     """The server is real and enrolls it; only the path of the config leads nowhere."""
     daemon = start(
         f"--flagfile={osqbox.flagfile}", f"--pidfile={folder}/pid", f"--database_path={folder}/db",
-        "--disable_extensions", "--config_tls_endpoint=/nowhere", "--config_tls_max_attempts=1", "--osqbox_strict_start",
+        "--disable_extensions", "--config_tls_endpoint=/nowhere", "--config_tls_max_attempts=1",
+        "--osqbox_strict_start",
     )  # fmt: skip
     daemon.says("cannot retrieve a configuration from")
     assert daemon.ended() == 1
