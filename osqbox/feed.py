@@ -7,7 +7,6 @@ follower never sees something that did not happen, and a number survives a resta
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,16 +63,8 @@ class Feed:
             for follower in self._followers:
                 self._skipped += follower.offer(event)
 
-    async def follow(self) -> AsyncIterator[Event | Gap]:
-        """Every event from now on, until the caller leaves. A `Gap` stands for events missed by being slow."""
-        follower = self.subscribe()
-        try:
-            while True:
-                yield await follower.next()
-        finally:
-            self.unsubscribe(follower)
-
     def subscribe(self) -> Follower:
+        """Every event from now on; pair with `unsubscribe`. A `Gap` stands for events missed by being slow."""
         follower = Follower()
         self._followers.add(follower)
         return follower

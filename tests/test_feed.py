@@ -116,25 +116,6 @@ def test_a_gap_stands_where_the_events_are_missing(monkeypatch: pytest.MonkeyPat
     trio.run(main)
 
 
-def test_follow_ends_its_subscription_with_its_reader() -> None:
-    async def main() -> None:
-        made = Feed()
-        stream = made.follow()
-        async with trio.open_nursery() as nursery:
-
-            @nursery.start_soon
-            async def publish() -> None:
-                await trio.testing.wait_all_tasks_blocked()
-                made.publish([event(1)])
-
-            assert await anext(stream) == event(1)
-        assert made.statistics().followers == 1
-        await stream.aclose()  # type: ignore[attr-defined]
-        assert made.statistics().followers == 0
-
-    trio.run(main)
-
-
 def test_followers_see_events_after_the_commit_and_only_those(tmp_path: Path) -> None:
     """What a follower hears it finds in the database; an undone job is never heard of."""
 

@@ -17,7 +17,6 @@ from osqbox.errors import Refused
 M = TypeVar("M")
 
 GZIP_MAGIC = b"\x1f\x8b"
-KEY_MAX_CHARS = 1024
 LOG_TYPES = ("result", "status")
 GZIP_MEMBERS = 16
 DEPTH_MAX = 64
@@ -40,13 +39,6 @@ class LogBatch(msgspec.Struct, frozen=True):
     log_type: str
     data: list[msgspec.Raw] | None
     node_key: str | None = None
-
-
-class QueryStats(msgspec.Struct, frozen=True):
-    wall_time_ms: int | str = 0
-    user_time: int | str = 0
-    system_time: int | str = 0
-    memory: int | str = 0
 
 
 class WriteBody(msgspec.Struct, frozen=True):
