@@ -22,6 +22,7 @@ import trio
 from osqbox import __version__, tenants
 from osqbox.certs import ensure_identity, revoked_serials
 from osqbox.clock import Clock, SystemClock, rfc3339
+from osqbox.door import Door
 from osqbox.errors import BadSetup, Unsafe, UserError
 from osqbox.exchange import Peer
 from osqbox.feed import Feed
@@ -30,6 +31,7 @@ from osqbox.identity import Identity, Snapshot, snapshot
 from osqbox.listen import ASGIApp, Limits, Listener, rotate_certificate, server_context
 from osqbox.operator.app import Parts, make_app
 from osqbox.osquery import nodes
+from osqbox.osquery.launcher import LauncherApi
 from osqbox.osquery.presence import Presence
 from osqbox.osquery.routes import OsqueryApi
 from osqbox.osquery.tables import migrations as osquery_migrations
@@ -311,7 +313,7 @@ def _agents_listener(box: Box) -> Listener:
     return Listener(
         "agents",
         ssl_context=box.tls_context,
-        handler=box.osquery,
+        handler=Door(box.osquery, LauncherApi(box.osquery, settings.bounds)),
         on_event=box.osquery.count_refused,
         check_peer=box.why_refused,
     )

@@ -17,7 +17,7 @@ WINDOW = "operator"
 """The operator API shows the other systems: it calls their plain rooms."""
 WINDOW_FRAME = "operator/parts.py"
 """Names the live objects of other systems that the box hands to the operator API: the only file that may."""
-SHELLS = {"routes.py", "presence.py", "upkeep.py"}
+SHELLS = {"routes.py", "launcher.py", "presence.py", "upkeep.py"}
 """The rooms of a server-side system that know the loop. Every other room there is plain functions."""
 LOOSE_SYSTEMS = {"agent", "operator"}
 """These are shells but for the rooms that are pure."""

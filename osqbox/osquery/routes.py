@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from osqbox.errors import Refused
 from osqbox.exchange import Peer, Request, Response
 from osqbox.osquery import campaigns, carves, configs, logs, messages, nodes, protocol, yara
 from osqbox.osquery.amalgamate import NodeFacts
-from osqbox.osquery.messages import CarveBegin, CarveBlock, Keyed, LogBatch, WriteBody
+from osqbox.osquery.messages import Answer, CarveBegin, CarveBlock, Keyed, LogBatch, LogLine, WriteBody
 from osqbox.osquery.nodes import Node
 from osqbox.osquery.presence import Presence
 from osqbox.osquery.protocol import Route
@@ -137,9 +137,11 @@ class OsqueryApi:
         raise Refused("wrong_method", f"method: expected POST, got {request.method[:20]}", status=405)
 
     async def _parse(self, request: Request, found: Route, parse: Callable[[bytes], T]) -> T:
-        """Unpack and parse a body, in a thread when it is large."""
         small = found.operation in protocol.SMALL_BODIES
-        limit_bytes = self._bounds.small_body_bytes if small else self._bounds.decoded_bytes
+        return await self.parse(request, parse, self._bounds.small_body_bytes if small else self._bounds.decoded_bytes)
+
+    async def parse(self, request: Request, parse: Callable[[bytes], T], limit_bytes: int) -> T:
+        """Unpack and parse a body, in a thread when it is large."""
 
         def work() -> T:
             return parse(messages.decoded_body(request.headers, request.body, limit_bytes))
@@ -155,7 +157,11 @@ class OsqueryApi:
     def _node(self, request: Request, found: Route, body_key: str | None) -> Node:
         key = protocol.node_key_of(body_key, request.headers, found)
         secrets = protocol.uri_secrets(request.target, found.variables) if found.variables else ()
-        node = self._store.peek(lambda db: nodes.authenticate(db, key, request.peer, secrets))
+        return self.authenticate(key, request.peer, secrets)
+
+    def authenticate(self, node_key: str, peer: Peer, uri_secrets: Sequence[str] = ()) -> Node:
+        """The active node behind a key, now heard of. Raises Refused."""
+        node = self._store.peek(lambda db: nodes.authenticate(db, node_key, peer, uri_secrets))
         self._presence.heard(node.id, self._clock.now())
         return node
 
@@ -169,11 +175,13 @@ class OsqueryApi:
             return nodes.parse_enrollment(members, secrets, protocol.body_digest("enroll", body))
 
         enrollment = await self._parse(request, found, parse)
-        enrolled = await self._store.write(
-            lambda tx: nodes.enroll(tx, enrollment, request.peer, self._new_key, self._new_id)
-        )
+        return protocol.success(node_key=await self.enroll(enrollment, request.peer))
+
+    async def enroll(self, enrollment: nodes.Enrollment, peer: Peer) -> str:
+        """The node key of a host that is let in. Raises Refused."""
+        enrolled = await self._store.write(lambda tx: nodes.enroll(tx, enrollment, peer, self._new_key, self._new_id))
         self._presence.heard(enrolled.node.id, self._clock.now())
-        return protocol.success(node_key=enrolled.node_key)
+        return enrolled.node_key
 
     async def _config(self, request: Request, found: Route) -> Response:
         node_api = protocol.is_node_api(request.method, found)
@@ -182,17 +190,17 @@ class OsqueryApi:
             key = next((value for name, value in found.variables if name == "node_key"), found.first)
         else:
             key = await self._key(request, found)
-        node = self._node(request, found, key)
-        text = await self._config_text(node)
-        await self._tell_config(node, text)
+        text = await self.config_text(self._node(request, found, key))
         return protocol.config_response(text, node_api=node_api)
 
-    async def _config_text(self, node: Node) -> bytes:
+    async def config_text(self, node: Node) -> bytes:
+        """The config of a node as JSON; followers of the feed hear of one that is new to it."""
         revision, facts = self._store.peek(configs.revision), configs.facts(node)
         text = self._configs.get(revision, facts)
         if text is None:
             text = (await self._store.read(lambda db: configs.config_for(db, node))).text
             text = self._configs.keep(revision, facts, text)
+        await self._tell_config(node, text)
         return text
 
     async def _tell_config(self, node: Node, text: bytes) -> None:
@@ -206,21 +214,27 @@ class OsqueryApi:
         await self._store.write(lambda tx: tx.emit("config_served", tenant=node.tenant, node=node.id, sha1=digest))
 
     async def _log(self, request: Request, found: Route) -> Response:
-        def parse(body: bytes) -> tuple[LogBatch, list[messages.LogLine], bytes, int, bool]:
+        def parse(body: bytes) -> tuple[LogBatch, list[LogLine], bytes, bool]:
             text = messages.as_utf8(body)
             batch = messages.decode(text, LogBatch)
-            return batch, messages.log_lines(batch), protocol.body_digest("log", body), len(body), text == body
+            return batch, messages.log_lines(batch), protocol.body_digest("log", body), text == body
 
-        batch, lines, digest, size_bytes, is_utf8 = await self._parse(request, found, parse)
+        batch, lines, digest, is_utf8 = await self._parse(request, found, parse)
         node = self._node(request, found, batch.node_key)
         if not is_utf8:
             self._refuse_once(node)
-        await self._store.write(
-            lambda tx: logs.receive(tx, node, batch.log_type, lines, digest, request.peer.connection),
-            bulk=True,
-            weight_bytes=size_bytes,
-        )
+        await self.receive_logs(node, batch.log_type, lines, digest, request)
         return protocol.success()
+
+    async def receive_logs(
+        self, node: Node, log_type: str, lines: Sequence[LogLine], digest: bytes, request: Request
+    ) -> None:
+        """Store a batch; the re-send of one that is stored already changes nothing."""
+        await self._store.write(
+            lambda tx: logs.receive(tx, node, log_type, lines, digest, request.peer.connection),
+            bulk=True,
+            weight_bytes=len(request.body),
+        )
 
     def _refuse_once(self, node: Node) -> None:
         """A node's first batch that is not UTF-8 stays with the agent; refused for ever it would block its logs."""
@@ -239,10 +253,13 @@ class OsqueryApi:
             if not await self._hold(request, node):
                 return None
             node = self._node(request, found, key)  # its key may have been revoked meanwhile
+        return protocol.success(**await self.offer(node))
+
+    async def offer(self, node: Node) -> dict[str, Any]:
+        """What a node is to run now: ``queries``, and ``discovery`` and ``accelerate`` if wanted."""
         if not self._has_work(node):
-            return protocol.success(queries={})
-        offered = await self._store.write(lambda tx: campaigns.offer(tx, node))
-        return protocol.success(**offered)
+            return {"queries": {}}
+        return await self._store.write(lambda tx: campaigns.offer(tx, node))
 
     def _has_work(self, node: Node) -> bool:
         return self._store.peek(lambda db: campaigns.has_work(db, node.id))
@@ -271,14 +288,18 @@ class OsqueryApi:
         return not gone
 
     async def _write(self, request: Request, found: Route) -> Response:
-        def parse(body: bytes) -> tuple[WriteBody, list[messages.Answer], int]:
+        def parse(body: bytes) -> tuple[WriteBody, list[Answer], int]:
             written = messages.decode(messages.as_utf8(body), WriteBody)
             return written, messages.answers(written), len(body)
 
         written, answers, size_bytes = await self._parse(request, found, parse)
         node = self._node(request, found, written.node_key)
-        await self._store.write(lambda tx: campaigns.write(tx, node, answers), weight_bytes=size_bytes)
+        await self.write_answers(node, answers, size_bytes)
         return protocol.success()
+
+    async def write_answers(self, node: Node, answers: Sequence[Answer], size_bytes: int) -> None:
+        """Account for what a node answered."""
+        await self._store.write(lambda tx: campaigns.write(tx, node, answers), weight_bytes=size_bytes)
 
     async def _carve_begin(self, request: Request, found: Route) -> Response:
         message = await self._parse(request, found, lambda body: messages.decode(body, CarveBegin))

@@ -26,11 +26,13 @@ from sqlite_utils import Database
 
 from osqbox import feed, tenants
 from osqbox.certs import ensure_identity, issue_client
+from osqbox.door import Door
 from osqbox.exchange import Peer, Request, Response
 from osqbox.feed import Event, Feed
 from osqbox.identity import Identity
 from osqbox.listen import Limits, Listener, server_context
 from osqbox.osquery import nodes
+from osqbox.osquery.launcher import LauncherApi
 from osqbox.osquery.nodes import Node
 from osqbox.osquery.presence import Presence
 from osqbox.osquery.routes import OsqueryApi
@@ -163,6 +165,7 @@ class Api:
         self.handler = OsqueryApi(
             store, self.presence, clock, bounds, read_hold_s=read_hold_s, new_key=self.new_key, new_id=self.new_id
         )
+        self.door = Door(self.handler, LauncherApi(self.handler, bounds))
         self.upkeep = Upkeep(store, self.presence, self.handler, clock, retention, {})
 
     def new_id(self) -> str:
@@ -187,7 +190,7 @@ class Api:
         """The answer to a request; a body that is no bytes is sent as JSON."""
         gone = gone or trio.Event()
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return await self.handler.answer(Request(method, target, headers or {}, raw, who or peer(), gone.wait))
+        return await self.door.answer(Request(method, target, headers or {}, raw, who or peer(), gone.wait))
 
     async def tell(self, target: str, body: Any = b"", **named: Any) -> Any:
         """The decoded JSON answer."""
@@ -358,7 +361,7 @@ def served(tmp_path: Path, identity: Identity) -> Callable[..., None]:
                     listener = Listener(
                         "agents",
                         ssl_context=context,
-                        handler=made.handler,
+                        handler=made.door,
                         on_event=made.handler.count_refused,
                         limits=limits or Limits(),
                     )
