@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from osqbox.agent import carve as carving
+from osqbox.agent import jsonrpc
 from osqbox.agent.carve import Archive, Carves, Discard, ReadBlock
 from osqbox.agent.client import (
     Call,
@@ -40,6 +41,7 @@ from osqbox.agent.client import (
 )
 from osqbox.agent.constructed import constructed_tables
 from osqbox.agent.flags import Flags
+from osqbox.agent.jsonrpc import Dialect
 from osqbox.agent.logs import ERROR, WARNING, Status, glog_line
 from osqbox.agent.messages import ENDPOINT_FLAGS, LINUX, Endpoints
 from osqbox.agent.own import own_tables
@@ -101,6 +103,8 @@ class AgentOptions:
     """Of the pretended host: 21 is macOS, 2 Windows."""
     pid: int | None = None
     """What osquery_info says; None is this process's."""
+    launcher: bool = False
+    """Speak Kolide Launcher's JSON-RPC instead of osquery's own API."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Further osqueryd flags, without dashes; they win over the fields above."""
 
@@ -362,6 +366,10 @@ class Agent:
     sleeping: dict[str, set[int]] = field(default_factory=dict)
     """With a `SteppedClock`: the seats of those who sleep on a wake."""
     limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_SQL_THREADS))
+    dialect: Dialect | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dialect = Dialect() if self.options.launcher else None
 
     async def run(self, task_status: trio.TaskStatus[Core]) -> None:
         core = self.core
@@ -462,21 +470,20 @@ class Agent:
         if channel is None:
             return Failure("Request error: no --tls_hostname")
         dump = self.hooks.verbose if self.core.flags.true("tls_dump") and self.core.flags.true("verbose") else None
+        call = command if self.dialect is None else self.dialect.call(command)
+        if isinstance(call, Failure):
+            return call
         if dump:
-            dump(command.body.decode("utf-8", "replace"))
+            dump(call.body.decode("utf-8", "replace"))
         try:
             reply = await channel.post(
-                command.path,
-                command.body,
-                node_key=command.node_key,
-                compress=command.compress,
-                method=command.method,
+                call.path, call.body, node_key=call.node_key, compress=call.compress, method=call.method
             )
         except CallFailed as error:
             return Failure(str(error))
         if dump:
             dump(reply.decode("utf-8", "replace"))
-        return reply
+        return reply if self.dialect is None else jsonrpc.reply(command.call, reply)
 
     async def _call(self, command: Call) -> list[dict[str, str]] | Failure:
         if self.hooks.plugin is None:

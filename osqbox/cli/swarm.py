@@ -17,6 +17,7 @@ from osqbox.errors import BadSetup, BadUsage, OsqboxError, VerdictFailed
 if TYPE_CHECKING:
     import ssl
 
+    from osqbox.agent.swarm.build import Hosts
     from osqbox.agent.swarm.plan import SwarmPlan
     from osqbox.agent.swarm.run import OnProgress, Progress
 
@@ -42,7 +43,7 @@ _where = _options(
     click.option("--ca", type=_FILE, metavar="FILE", help="The CA the server's certificate is checked by."),
     click.option("--enroll-secret", metavar="SECRET", help="Default: the box's own."),
     click.option("--dialect", default="osqbox", metavar="NAME", help="Whose paths to use: osqbox (default), fleet, "
-                 "kolide, osctrl, zentral, doorman, testserver, goquery, spasam, queryops, uptycs."),
+                 "kolide, osctrl, zentral, doorman, testserver, goquery, spasam, queryops, uptycs, launcher."),
     *(click.option(f"--{call}-endpoint", metavar="PATH", help=f"The path of {call} calls instead.") for call in _CALLS),
     click.option("--client-cert", type=_FILE, metavar="FILE", help="The certificate all agents present (PEM)."),
     click.option("--client-key", type=_FILE, metavar="FILE", help="And the key to it."),
@@ -63,6 +64,9 @@ _how_many = _options(
 )  # fmt: skip
 _what = _options(
     click.option("--profiles", default="ubuntu", metavar="MIX", help="Kinds of hosts by weight: ubuntu:3,windows:1."),
+    click.option("--host-path", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+                 help="Hosts of Launcher's old simulator (YAML) instead of profiles; needs --hosts."),
+    click.option("--hosts", metavar="TYPE:COUNT,...", help="How many of which of its types; instead of --count."),
     click.option("--seed", default=0, metavar="N", help="The same hosts, rows and troubles for the same number."),
     click.option("--start-time", metavar="TIME", help="What the agents' clocks show at first: Unix or RFC 3339."),
     click.option("--interval", type=click.IntRange(1), metavar="SECONDS",
@@ -114,7 +118,7 @@ def command(box: Where, fail_if: tuple[str, ...], **given: Any) -> int:
 
         click.echo(locustfile(plan, given["ca"], given["profiles"]), nl=False)
         return 0
-    report = _run(plan, _tls(given), _progress(given["progress"]))
+    report = _run(plan, _hosts(plan, given["host_path"]), _tls(given), _progress(given["progress"]))
     failed = _verdicts(report, thresholds)
     _write(report | {"failed": failed}, given["json_file"], given["html_file"])
     if failed:
@@ -140,21 +144,26 @@ def _find(box: Where, given: dict[str, Any]) -> None:
 def _plan(given: dict[str, Any]) -> SwarmPlan:
     from osqbox.agent.swarm import plan as p
 
+    if (given["host_path"] is None) != (given["hosts"] is None):
+        raise BadUsage("expected --host-path DIR and --hosts TYPE:COUNT,... together, got one of them")
+    mix = p.read_mix(given["hosts"] or given["profiles"])
+
     server = p.server(given["server"], allow_remote=given["allow_remote"])
     stop_if = given["stop_if"] or ("errors>0.02", "p95>1000")
     return p.SwarmPlan(
         server=server,
         growth=p.Growth(
-            given["count"],
+            len(mix.round) if given["hosts"] else given["count"],
             given["spawn_rate"],
             _duration_s(given),
             given["mode"],
             given["step"],
             given["step_seconds"],
         ),
-        mix=p.read_mix(given["profiles"]),
+        mix=mix,
         enroll_secret=given["enroll_secret"],
         endpoints=p.endpoints(given["dialect"], server.prefix, {call: given[f"{call}_endpoint"] for call in _CALLS}),
+        launcher=given["dialect"] == "launcher",
         seed=given["seed"],
         start_time=_start_time(given["start_time"]),
         interval_s=given["interval"] or 10,
@@ -220,15 +229,23 @@ def _tls(given: dict[str, Any]) -> ssl.SSLContext:
 # -- running -----------------------------------------------------------------------------------------------------
 
 
-def _run(plan: SwarmPlan, tls: ssl.SSLContext, on_progress: OnProgress | None) -> dict[str, Any]:
+def _hosts(plan: SwarmPlan, directory: Path | None) -> Hosts:
+    from osqbox.agent.swarm.build import ProfileHosts, SimulatedHosts
+
+    if directory is None:
+        return ProfileHosts(plan)
+    from osqbox.agent.simulator import load_host_types
+
+    return SimulatedHosts(plan, load_host_types(directory))
+
+
+def _run(plan: SwarmPlan, hosts: Hosts, tls: ssl.SSLContext, on_progress: OnProgress | None) -> dict[str, Any]:
     import trio
 
-    from osqbox.agent.swarm.build import ProfileHosts
     from osqbox.agent.swarm.run import run_swarm
     from osqbox.cli.tune import tune_process
 
     tune_process()
-    hosts = ProfileHosts(plan)
 
     async def run() -> dict[str, Any]:
         stop = trio.Event()

@@ -19,7 +19,8 @@ import pytest
 import trio
 import trustme
 
-from osqbox.agent.swarm.build import ProfileHosts
+from osqbox.agent.simulator import load_host_types
+from osqbox.agent.swarm.build import Hosts, ProfileHosts, SimulatedHosts
 from osqbox.agent.swarm.plan import Growth, SwarmPlan, Trouble, endpoints, read_mix, read_threshold, server
 from osqbox.agent.swarm.run import run_swarm
 from osqbox.agent.swarm.tally import Tally
@@ -164,10 +165,11 @@ def box_plan(box: Osqbox, count: int, **more: Any) -> SwarmPlan:
 class Background:
     """A swarm in a thread, while the test asks the box."""
 
-    def __init__(self, plan: SwarmPlan, ca: Path) -> None:
+    def __init__(self, plan: SwarmPlan, ca: Path, hosts: Hosts | None = None) -> None:
         self.tally = Tally()
         self.report: dict[str, Any] = {}
         self._plan, self._ca = plan, ca
+        self._hosts = hosts or ProfileHosts(plan)
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop = trio.Event()
         self._thread = threading.Thread(target=lambda: trio.run(self._run))
@@ -192,7 +194,7 @@ class Background:
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self.report = await run_swarm(
-            self._plan, ProfileHosts(self._plan), client_context(self._ca), stop=self._stop, tally=self.tally
+            self._plan, self._hosts, client_context(self._ca), stop=self._stop, tally=self.tally
         )
 
 
@@ -236,6 +238,28 @@ def test_a_held_read_holds_up_no_new_key(osqbox: Osqbox) -> None:
         crowd.wait(lambda: crowd.tally.enrollments >= 30, timeout_s=8)
     assert len(osqbox.nodes) == 10
     assert crowd.report["errors"] == 0
+
+
+def test_a_crowd_of_launchers_by_json_rpc(osqbox: Osqbox, tmp_path: Path) -> None:
+    """Hosts of the old simulator's format enroll, are configured, queried and heard, all over Launcher's service."""
+    (tmp_path / "base.yaml").write_text(
+        "name: base\nqueries:\n"
+        "  - {pattern: from system_info, results: [{hostname: '{name}', uuid: 'uuid-{index}'}]}\n"
+        "  - {pattern: from os_version, results: [{platform: darwin, name: Mac OS X, version: '10.13'}]}\n"
+        "  - {pattern: from broken, error: 'no such table: broken'}\n"
+    )
+    osqbox.config({"schedule": {"who": {"query": "select * from system_info", "interval": 1}}})
+    paths = endpoints("launcher", "", {})
+    plan = box_plan(osqbox, 20, endpoints=paths, launcher=True, mix="base:20")
+    with Background(plan, osqbox.ca_file, SimulatedHosts(plan, load_host_types(tmp_path))) as crowd:
+        crowd.wait(lambda: len(osqbox.nodes) == 20 and crowd.tally.total.latency["config"].count == 20)
+        answers = osqbox.query("select * from system_info", timeout=20)
+        failed = osqbox.query("select * from broken", timeout=20)
+        crowd.wait(lambda: len(osqbox.logs(name="who")) >= 20)
+    assert {row["hostname"] for row in answers} == {f"base_{index}" for index in range(20)}
+    assert failed.summary["failed"] == 20
+    assert {node["platform"] for node in osqbox.nodes} == {"darwin"}
+    assert (crowd.report["enrolled"], crowd.report["errors"]) == (20, 0)
 
 
 def test_a_slow_query_holds_back_nobody(osqbox: Osqbox) -> None:

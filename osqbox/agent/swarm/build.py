@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from osqbox.agent.client import Core, Identity
 from osqbox.agent.flags import Flags
 from osqbox.agent.messages import ENDPOINT_FLAGS
-from osqbox.agent.profile import Host, Profile, load_profile
-from osqbox.agent.sql import Engine
+from osqbox.agent.profile import Profile, load_profile
+from osqbox.agent.profile.host import AgentProcess, HostIdentity
+from osqbox.agent.simulator import HostType, SimulatedEngine, SimulatedHost
+from osqbox.agent.sql import Engine, Tables
 from osqbox.agent.store import MemoryStore
-from osqbox.agent.swarm.member import Member, Shared
+from osqbox.agent.swarm.member import Member, Shared, SqlEngine
 from osqbox.agent.swarm.plan import SwarmPlan, Throws
+from osqbox.errors import BadSetup
+
+
+class Machine(Protocol):
+    """A pretended machine: a host of a profile, or one of a simulator's types."""
+
+    @property
+    def identity(self) -> HostIdentity: ...
+
+    def agent_process(self, now: float) -> AgentProcess: ...
+
+    def tables(self, now: Callable[[], float]) -> Tables: ...
 
 
 class Hosts(Protocol):
     """Where the machines come from; the same number is always the same machine."""
 
-    def host(self, index: int, *, hardware_of: int | None = None) -> Host:
+    def host(self, index: int, *, hardware_of: int | None = None) -> Machine:
         """``hardware_of`` is the machine whose hardware uuid and serial numbers it has."""
         ...
 
-    def engine(self, index: int) -> Engine:
+    def engine(self, index: int) -> SqlEngine:
         """SQL over the tables such a machine has; shared by all of its kind."""
         ...
 
@@ -34,12 +49,28 @@ class ProfileHosts:
         self._profiles: dict[str, Profile] = {name: load_profile(name) for name in sorted(set(plan.mix.round))}
         self._engines = {name: Engine(schema=profile.schema) for name, profile in self._profiles.items()}
 
-    def host(self, index: int, *, hardware_of: int | None = None) -> Host:
+    def host(self, index: int, *, hardware_of: int | None = None) -> Machine:
         profile = self._profiles[self._mix.profile(index)]
         return profile.host(seed=self._seed, index=index, hardware_of=hardware_of)
 
     def engine(self, index: int) -> Engine:
         return self._engines[self._mix.profile(index)]
+
+
+class SimulatedHosts:
+    """Hosts of the types that Launcher's old simulator described. Raises BadSetup for an unknown type."""
+
+    def __init__(self, plan: SwarmPlan, types: Mapping[str, HostType]) -> None:
+        for name in plan.mix.round:
+            if name not in types:
+                raise BadSetup(f"expected a host type among {', '.join(sorted(types))}, got {name!r}")
+        self._mix, self._seed, self._types = plan.mix, plan.seed, types
+
+    def host(self, index: int, *, hardware_of: int | None = None) -> SimulatedHost:
+        return SimulatedHost(self._types[self._mix.profile(index)], self._seed, index, hardware_of)
+
+    def engine(self, index: int) -> SimulatedEngine:
+        return SimulatedEngine(self.host(index))
 
 
 def swarm_flags(plan: SwarmPlan) -> dict[str, str]:

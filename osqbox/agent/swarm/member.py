@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from osqbox.agent.client import SETTINGS, Core, Failure, HostDetails, Query, Send, Sleep, Thread
 from osqbox.agent.own import own_tables
 from osqbox.agent.profile.dice import Dice
-from osqbox.agent.sql import Engine, QueryResult, Tables
+from osqbox.agent.sql import Cancelled, QueryResult, Tables
 from osqbox.agent.swarm.plan import Trouble
 from osqbox.agent.swarm.tally import HELD, Tally
 from osqbox.agent.views import view_tables
@@ -112,10 +112,20 @@ class Shared:
     """The agents' time at the start."""
 
 
+class SqlEngine(Protocol):
+    """As much of `osqbox.agent.sql.Engine` as a member needs."""
+
+    def query(
+        self, sql: str, *, tables: Tables | None = None, timeout_s: float = ..., cancelled: Cancelled | None = None
+    ) -> QueryResult: ...
+
+    def raw_rows(self, name: str, *, tables: Tables | None = None) -> list[dict[str, str]]: ...
+
+
 class Member:
     __slots__ = ("_shared", "_strands", "core", "engine", "host", "index", "is_slow", "skew_s")
 
-    def __init__(self, index: int, core: Core, host: Host, engine: Engine, shared: Shared) -> None:
+    def __init__(self, index: int, core: Core, host: Host, engine: SqlEngine, shared: Shared) -> None:
         self.index = index
         self.core = core
         self.host = host

@@ -47,6 +47,7 @@ def dialects() -> Mapping[str, Endpoints]:
             "/osquery/distributed_read",
             "/osquery/distributed_write",
         ),
+        "launcher": Endpoints(*["/"] * len(Endpoints.__slots__)),
         "uptycs": _std("/agent", "distributed_read", "distributed_write", "carve_init", "carve_block"),
     }
 
@@ -243,6 +244,8 @@ class SwarmPlan:
     mix: Mix
     enroll_secret: str
     endpoints: Endpoints = field(default_factory=Endpoints)
+    launcher: bool = False
+    """Kolide Launcher's JSON-RPC instead of osquery's own API."""
     seed: int = 0
     start_time: float | None = None
     """The agents' clock at the start, in Unix seconds; None is the real one."""

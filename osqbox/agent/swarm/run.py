@@ -15,8 +15,10 @@ from typing import Any
 
 import trio
 
+from osqbox.agent import jsonrpc
 from osqbox.agent.client import Failure, Query, Send
 from osqbox.agent.flags import Flags
+from osqbox.agent.jsonrpc import Dialect
 from osqbox.agent.profile.dice import Dice
 from osqbox.agent.sql import QueryResult
 from osqbox.agent.swarm.build import Hosts, Nursery, swarm_flags
@@ -158,6 +160,7 @@ class _Swarm:
     shared: Shared = field(init=False)
     nursery: Nursery = field(init=False)
     transport: Transport = field(init=False)
+    dialect: Dialect | None = field(init=False)
     started: float = field(init=False)
     began: float = field(init=False)
 
@@ -177,6 +180,7 @@ class _Swarm:
         )
         self.nursery = Nursery(plan, self.hosts, self.shared)
         self.transport = _transport(plan)
+        self.dialect = Dialect() if plan.launcher else None
         rss_before, cpu_before = resident_bytes(), cpu_s()
         async with self._open_tasks():
             with trio.move_on_after(plan.growth.duration_s):
@@ -321,7 +325,7 @@ class _Swarm:
         async with self._turn(member, strand, command) as wire:
             began = time.perf_counter()
             self.in_flight += finishes
-            outcome = await _post(wire, command)
+            outcome = await self._exchange(wire, command)
             self.in_flight -= finishes
         self.answered.set()
         took_s = time.perf_counter() - began
@@ -329,6 +333,13 @@ class _Swarm:
         if self.trace:
             self.trace(member.index, command, outcome)
         return outcome
+
+    async def _exchange(self, wire: _Wire, command: Send) -> bytes | Failure:
+        if self.dialect is None:
+            return await _post(wire, command)
+        call = self.dialect.call(command)
+        outcome = call if isinstance(call, Failure) else await _post(wire, call)
+        return outcome if isinstance(outcome, Failure) else jsonrpc.reply(command.call, outcome)
 
     @contextlib.asynccontextmanager
     async def _turn(self, member: Member, strand: Strand, command: Send) -> AsyncIterator[_Wire]:
