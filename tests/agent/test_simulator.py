@@ -162,7 +162,7 @@ def test_there_are_no_carves() -> None:
         ("enroll", {"result": {"node_invalid": True}}, {"node_invalid": True}),
         ("config", {"result": {"config": '{"schedule":{}}'}}, {"schedule": {}}),
         ("config", {"result": {"config": {"schedule": {}}}}, {"error": "config: expected a string of JSON"}),
-        ("read", {"result": {"Queries": {"queries": {"q": "s"}, "accelerate": 5}}}, {"queries": {"q": "s"}, "accelerate": 5}),
+        ("read", {"result": {"Queries": {"queries": {}, "accelerate": 5}}}, {"queries": {}, "accelerate": 5}),
         ("read", {"result": {"queries": None}}, {}),
         ("log", {"result": {"message": ""}}, {}),
         ("log", {"result": {"node_invalid": True}}, {"node_invalid": True}),
