@@ -24,6 +24,13 @@ class Peer:
     certificate_serial: int | None = None
     certificate_tenant: str | None = None
     """Tenant written in the certificate's URI SAN by ``osqbox certs client --tenant``."""
+    certificate_uris: tuple[str, ...] = ()
+    """Every URI SAN of the verified client certificate, in order: the identity, then roles and principals."""
+    certificate_common_names: tuple[str, ...] = ()
+    certificate_authority: str | None = None
+    """Key identifier of the CA that signed it (its authority key identifier), in hexadecimal."""
+    certificate_expires_at: float | None = None
+    """Seconds since the epoch."""
     tls_version: str | None = None
     """Such as ``TLSv1.3``; None when the connection is in the clear."""
 

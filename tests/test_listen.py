@@ -716,7 +716,7 @@ def test_a_revoked_peer_is_closed_at_once_and_refused_on_an_open_connection(pki:
         async with serving(Recorder(), pki.server(), check_peer=check) as listener:
             client = await connect(listener, pki)
             assert (await client.ask(GET))[0] == 200
-            revoked.append("certificate 7 is revoked")
+            revoked.append("certificate_revoked")
             assert await client.ask(GET) == (403, {"error": revoked[0], "reason": "certificate_revoked"})
             late = await connect(listener, pki)
             assert await late.rest() == b""

@@ -15,6 +15,7 @@ from .tls import (
     CertificateIdentity,
     certificate_identity,
     probe_tls_minimum,
+    refusal_of_certificate,
     rotate_certificate,
     server_context,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "certificate_identity",
     "current_peer",
     "probe_tls_minimum",
+    "refusal_of_certificate",
     "rotate_certificate",
     "server_context",
 ]

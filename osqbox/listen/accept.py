@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import trio
 
@@ -29,8 +29,8 @@ from .connection import (
     kinds_of,
 )
 from .inline import serve_inline
-from .sockets import open_sockets
-from .tls import certificate_identity
+from .sockets import notice_vanished_peers, open_sockets
+from .tls import certificate_authority, certificate_identity
 
 logger = logging.getLogger("osqbox.listen")
 
@@ -40,6 +40,19 @@ _MAPPED_V4 = "::ffff:"
 _PLAINTEXT = {"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"}
 _NOTHING_IN_COMMON = {"UNSUPPORTED_PROTOCOL", "NO_SHARED_CIPHER", "VERSION_TOO_LOW", "NO_PROTOCOLS_AVAILABLE"}
 
+_VERDICTS = MappingProxyType(
+    {
+        9: "certificate_not_yet_valid",
+        10: "certificate_expired",
+        23: "certificate_revoked",
+        26: "certificate_purpose",
+        66: "certificate_weak",
+        67: "certificate_weak",
+        68: "certificate_weak",
+    }
+)
+"""X509_V_ERR_ codes of openssl/x509_vfy.h; every other one is a certificate that our client CA did not sign."""
+
 
 class Listener:
     """One bound address, TLS or clear.
@@ -48,8 +61,8 @@ class Listener:
     `agents_asgi` of the same handler) serves HTTP/2 and WebSockets. Without one, ``app`` serves everything, within
     the bounds of ``limits``.
     ``on_event`` is told the reason of every refusal, failed handshake and error, in one word to be counted.
-    ``check_peer`` says why a peer may not be served (a revoked certificate), or None; it is asked after the
-    handshake and before every request.
+    ``check_peer`` says in one word why a peer may not be served (``certificate_revoked``), or None; it is asked after
+    the handshake, before every request, and of every open connection by `recheck`.
 
     Raises BadSetup when the installed Hypercorn is not the one whose repairs are here.
     """
@@ -100,6 +113,9 @@ class Listener:
         Raises AddressInUse or BadSetup with the command to try next.
         """
         self._sockets += await open_sockets(self.name, host, port)
+        if self.limits.vanished_after_s is not None:
+            for sock in self._sockets:
+                notice_vanished_peers(sock, self.limits.vanished_after_s)
         self._port = self._sockets[0].getsockname()[1]
 
     @property
@@ -176,6 +192,14 @@ class Listener:
                 await self._emptied.wait()
         return not self._connections
 
+    def recheck(self) -> int:
+        """End every connection that ``check_peer`` refuses by now, whatever it is doing; returns how many."""
+        refused = [(each, reason) for each in self._connections if (reason := each.refusal_of_peer()) is not None]
+        for connection, reason in refused:
+            self._books.refuse(reason)
+            connection.cut()
+        return len(refused)
+
     def statistics(self) -> Statistics:
         books = self._books
         return Statistics(
@@ -238,8 +262,8 @@ class Listener:
                 return
         if connection.retiring:
             return
-        if connection.refusal_of_peer() is not None:
-            self._books.refuse("certificate_revoked")
+        if (refusal := connection.refusal_of_peer()) is not None:
+            self._books.refuse(refusal)
             return
         http2 = stream is not None and stream.selected_alpn_protocol() == "h2"
         already_read: bytes | None = b""
@@ -272,7 +296,12 @@ class Listener:
             if not connection.retiring:
                 self._fail_handshake(connection, reason, failure)
             return None
-        connection.peer = _introduced(connection.peer, stream)
+        try:
+            connection.peer = _introduced(connection.peer, stream)
+        except ValueError as error:  # verified, yet with names that are not text
+            self._books.fail_handshake("certificate_untrusted")
+            logger.info("%s: no TLS with %s: certificate: %s", self.name, connection.peer.address, error)
+            return None
         return stream
 
     def _fail_handshake(self, connection: Connection, reason: str, failure: ssl.SSLError | None) -> None:
@@ -290,8 +319,12 @@ def handshake_failure(error: ssl.SSLError | None) -> str:
         return "plaintext"
     if "ALERT" in reason:
         return "refused_by_client"  # most often: it does not know our CA
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _VERDICTS.get(error.verify_code, "certificate_untrusted")
+    if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return "no_certificate"
     if "CERTIFICATE" in reason:
-        return "client_certificate"
+        return "certificate_untrusted"
     if reason in _NOTHING_IN_COMMON:
         return "version_or_cipher"
     return "other"
@@ -311,11 +344,16 @@ async def _send_alert(stream: trio.SSLStream[trio.SocketStream]) -> None:
 
 def _introduced(peer: Peer, stream: trio.SSLStream[trio.SocketStream]) -> Peer:
     identity = certificate_identity(stream.getpeercert())
+    der = stream.getpeercert(binary_form=True) if identity.serial is not None else None
     return replace(
         peer,
         certificate_name=identity.name,
         certificate_serial=identity.serial,
         certificate_tenant=identity.tenant,
+        certificate_uris=identity.uris,
+        certificate_common_names=identity.common_names,
+        certificate_authority=certificate_authority(der) if der else None,
+        certificate_expires_at=identity.expires_at,
         tls_version=stream.version(),
     )
 

@@ -96,7 +96,7 @@ class _AgentExchange:
     async def _answer(self, pieces: list[bytes]) -> Response | None:
         if (reason := self._connection.refusal_of_peer()) is not None:
             self._connection.retiring = True
-            raise Refused("certificate_revoked", reason, status=403)
+            raise Refused(reason, reason, status=403)
         limit_bytes = self._handler.body_limit_bytes(self._method, self._target)
         with _body_deadline(self._shared.limits.body_timeout_s):
             await self._read_body(limit_bytes, pieces)
@@ -203,7 +203,7 @@ def guarded(app: ASGIApp, *, body_limit_bytes: int | None) -> ASGIApp:
 
 
 async def _refuse_peer(connection: Connection, reason: str, kind: str, send: Send) -> None:
-    connection.shared.books.refuse("certificate_revoked")
+    connection.shared.books.refuse(reason)
     connection.retiring = True
     prefix = "http.response" if kind == "http" else "websocket.http.response"
     await _send_response(send, _error(403, reason), prefix)

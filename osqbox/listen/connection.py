@@ -36,6 +36,12 @@ class Limits:
     """Between requests; longer than any agent's poll interval, so that it keeps its connection."""
     write_timeout_s: float = 30
     """Without progress while writing, before the reader counts as stalled."""
+    h2_stall_timeout_s: float | None = None
+    """The same for the window of one HTTP/2 stream, where a reader may want to pause; None: no longer than that."""
+    vanished_after_s: int | None = None
+    """After about so long without a sign of life from the other machine, an idle connection is over (TCP keepalive)."""
+    h2_streams: int = 100
+    """Requests at once on one HTTP/2 connection."""
     drain_timeout_s: float = 3
     """What requests in flight get when the listener stops."""
     close_timeout_s: float = 1
@@ -168,7 +174,7 @@ class Connection:
             await self.stream.send_all(data[start : start + SLICE_BYTES])
 
     def refusal_of_peer(self) -> str | None:
-        """Why this peer may not be served (any more), or None."""
+        """Why this peer may not be served (any more), in one word, or None."""
         check = self.shared.check_peer
         return None if check is None else check(self.peer)
 
@@ -187,6 +193,11 @@ class Connection:
         """Close the socket now. Whoever reads or writes wakes with ClosedResourceError, shielded or not."""
         self.gone = True
         self.transport.socket.close()
+
+    def cut(self) -> None:
+        """End the connection this moment, with whatever is being written."""
+        self.drop()
+        self.abort()
 
     async def close(self) -> None:
         """Close with close_notify if the other end takes it in time."""

@@ -11,7 +11,12 @@ What is repaired, each with a test:
 * keep-alive timeouts: one cancel scope's moving deadline instead of a task that frameworks cancelled by accident;
 * frames lost when a task was cancelled while it waited for the send lock;
 * a full queue towards an application that no longer reads: it blocked the very task that should have emptied it;
-* the ping task of a WebSocket, which outlived its connection by one interval.
+* HTTP/1: an answer given before the body was read, after which the client sent its next request into a connection
+  that was about to close;
+* HTTP/2: a body that its application does not read, which blocked every other stream of the connection (`BodyQueue`),
+  and an application that gave up in the middle of its answer, whose client was left waiting for the rest;
+* the ping task of a WebSocket, which outlived its connection by one interval;
+* the code with which a WebSocket's client closed, which was 1006 for the application whatever the client had said.
 
 These are private names of one series; `check_seams` refuses any other at start-up.
 """
@@ -23,6 +28,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -34,24 +40,32 @@ from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.logging import Logger
-from hypercorn.protocol.events import Body, Data, EndBody, EndData, Trailers
+from hypercorn.protocol.events import Body, Data, EndBody, EndData, StreamClosed, Trailers
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import BUFFER_LOW_WATER, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
+from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
-from priority.priority import PriorityError
+from priority.priority import PriorityError, PriorityTree
+from wsproto.connection import ConnectionState as WebSocketState
+from wsproto.events import CloseConnection
 
 from osqbox.errors import BadSetup
 
 from .asgi import ASGIApp, ClientGone
-from .connection import Connection, Limits, kinds_of
+from .connection import MIB, Connection, Limits, kinds_of
 
 logger = logging.getLogger("osqbox.listen")
 
 SERIES = "0.18."
 MAX_REQUESTS = 2**62
+H2_WINDOW_BYTES = 65_535
+"""Of a stream, and of a connection at first (RFC 9113, 6.9.2)."""
+CONNECTION_WINDOW_BYTES = 16 * MIB
+"""Of bodies not read yet, over all streams of a connection."""
 
 _PROTOCOL_ARGUMENTS = ("app", "config", "context", "task_group", "connection_state", "ssl", "client", "server", "send")
 _SEAMS: dict[type, tuple[str, ...]] = {
@@ -60,6 +74,7 @@ _SEAMS: dict[type, tuple[str, ...]] = {
         *("_handle_events", "_create_stream", "_close_stream", "_flush"),
     ),
     H11Protocol: ("initiate", "handle", "stream_send"),
+    WSStream: ("app_send", "_send_wsproto_event"),
     WorkerContext: ("event_class", "mark_request", "sleep"),
 }
 
@@ -103,6 +118,7 @@ def hypercorn_config(limits: Limits) -> Config:
     config.keep_alive_max_requests = MAX_REQUESTS
     config.h11_max_incomplete_size = limits.max_header_bytes
     config.h2_max_header_list_size = limits.max_header_bytes
+    config.h2_max_concurrent_streams = limits.h2_streams
     config.websocket_ping_interval = limits.websocket_ping_interval_s
     config.websocket_max_message_size = limits.websocket_message_bytes
     return config
@@ -115,26 +131,98 @@ class AppQueue:
     """What goes from the protocol to one application task: bounded, and never in the way of its end."""
 
     def __init__(self, size: int) -> None:
-        self._sender, self.receiver = trio.open_memory_channel[Any](size)
+        self._sender, self._receiver = trio.open_memory_channel[Any](size)
         self._disconnect: Any = None
+        self._callbacks: list[Callable[[], object]] = []
+        self.is_whole = False
+        """The end of the request's body has come."""
 
     @property
     def disconnected(self) -> bool:
         return self._disconnect is not None
 
+    def on_disconnect(self, callback: Callable[[], object]) -> None:
+        """Call it when the client has left, or has its answer."""
+        self._callbacks.append(callback)
+
     async def put(self, event: Any) -> None:
         if event["type"].endswith(".disconnect"):  # not queued: the queue may be full for good
             self._disconnect = event
             self._sender.close()
+            for callback in self._callbacks:
+                callback()
             return
+        self.is_whole = not event.get("more_body", True)
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._sender.send(event)
 
     async def get(self) -> Any:
         try:
-            return await self.receiver.receive()
+            return await self._receiver.receive()
         except trio.EndOfChannel:
             return self._disconnect
+
+    async def aclose(self) -> None:
+        self._receiver.close()
+
+
+class BodyQueue:
+    """The body of one HTTP/2 request. Its window opens again as the application reads, so what waits here is bounded
+    by that window, and an application that does not read stops its own client only, not the connection's reader."""
+
+    def __init__(self) -> None:
+        self._body = bytearray()
+        self.is_whole = False
+        self._is_told = False
+        """The application has seen the end of the body."""
+        self._is_closed = False
+        self._disconnect: Any = None
+        self._changed = trio.Event()
+        self._callbacks: list[Callable[[], object]] = []
+        self.acknowledge: Callable[[int], Awaitable[None]] = _acknowledge_nothing
+
+    @property
+    def disconnected(self) -> bool:
+        return self._disconnect is not None
+
+    def on_disconnect(self, callback: Callable[[], object]) -> None:
+        """Call it when the client has left, or has its answer."""
+        self._callbacks.append(callback)
+
+    async def put(self, event: Any) -> None:
+        if event["type"].endswith(".disconnect"):
+            self._disconnect = event
+            for callback in self._callbacks:
+                callback()
+        elif self._is_closed:
+            await self.acknowledge(len(event["body"]))
+        else:
+            self._body += event["body"]
+            self.is_whole = not event["more_body"]
+        self._changed.set()
+
+    async def get(self) -> Any:
+        while not self._body and (self._is_told or not self.is_whole):
+            if self._disconnect is not None:
+                return self._disconnect
+            self._changed = trio.Event()
+            await self._changed.wait()
+        message: dict[str, Any] = {"type": "http.request", "body": bytes(self._body), "more_body": not self.is_whole}
+        self._body.clear()
+        self._is_told = self.is_whole
+        await self.acknowledge(len(message["body"]))  # meanwhile more may come
+        return message
+
+    async def aclose(self) -> None:
+        """The application reads no more: what is and what will be left over counts for the connection's window."""
+        self._is_closed = True
+        unread_bytes = len(self._body)
+        self._body.clear()
+        await self.acknowledge(unread_bytes)
+
+
+async def _acknowledge_nothing(_size_bytes: int) -> None:
+    pass
 
 
 class Tasks:
@@ -148,11 +236,15 @@ class Tasks:
     async def spawn_app(
         self, app: ASGIApp, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
     ) -> Callable[[Any], Awaitable[None]]:
-        queue = AppQueue(config.max_app_queue_size)
+        is_h2_body = scope["type"] == "http" and scope["http_version"] == "2"
+        queue = BodyQueue() if is_h2_body else AppQueue(config.max_app_queue_size)
+        scope["extensions"]["osqbox.on_disconnect"] = queue.on_disconnect
         self._apps.start_soon(self._run_app, app, scope, queue, send)
-        return queue.put
+        return queue.put if scope["type"] != "websocket" else _with_close_code(send.__self__, queue.put)  # type: ignore[attr-defined]
 
-    async def _run_app(self, app: ASGIApp, scope: Any, queue: AppQueue, send: Callable[[Any], Awaitable[None]]) -> None:
+    async def _run_app(
+        self, app: ASGIApp, scope: Any, queue: AppQueue | BodyQueue, send: Callable[[Any], Awaitable[None]]
+    ) -> None:
         connection, shared = self._connection, self._connection.shared
 
         async def live_send(message: Any) -> None:
@@ -160,11 +252,15 @@ class Tasks:
             await trio.lowlevel.checkpoint()
             if connection.gone or queue.disconnected:
                 raise ClientGone("the client has left")
+            if message["type"] == "http.response.start" and not queue.is_whole and scope["http_version"] != "2":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
         try:
-            with queue.receiver:
+            try:
                 await app(scope, queue.get, live_send)
+            finally:
+                await queue.aclose()
         except* ClientGone:
             pass
         except* Exception as group:
@@ -178,12 +274,32 @@ class Tasks:
         self._helpers.start_soon(func, *args)
 
 
+def _with_close_code(stream: WSStream, put: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """Tells the application the client's own close code; it can be seen only where Hypercorn answers the close."""
+    answer = stream._send_wsproto_event
+    codes: list[int] = []
+
+    async def watching_answer(event: Any) -> None:
+        if isinstance(event, CloseConnection) and stream.connection.state is WebSocketState.REMOTE_CLOSING:
+            codes.append(int(event.code))
+        await answer(event)
+
+    async def put_with_code(event: Any) -> None:
+        if codes and event["type"] == "websocket.disconnect":
+            event = {**event, "code": codes[0]}
+        await put(event)
+
+    stream._send_wsproto_event = watching_answer  # type: ignore[method-assign]
+    return put_with_code
+
+
 # the protocols
 
 
 class RepairedH2(H2Protocol):
     def __init__(self, *args: Any, write_timeout_s: float) -> None:
         super().__init__(*args)
+        self.priority = PriorityTree(maximum_streams=2 * self.config.h2_max_concurrent_streams + 1)
         self._write_timeout_s = write_timeout_s
         self._waiting: dict[int, trio.CancelScope] = {}
         """Streams whose application waits for the client to read."""
@@ -193,7 +309,15 @@ class RepairedH2(H2Protocol):
             self.connection.close_connection()
         await self._flush()
 
+    async def initiate(self, *upgrade: Any) -> None:
+        await super().initiate(*upgrade)
+        most_bytes = min(CONNECTION_WINDOW_BYTES, self.config.h2_max_concurrent_streams * H2_WINDOW_BYTES)
+        self.connection.increment_flow_control_window(max(1, most_bytes - H2_WINDOW_BYTES))
+        await self._flush()
+
     async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, StreamClosed) and self._is_unfinished(event.stream_id):
+            await self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
         if not isinstance(event, (Body, Data, EndBody, EndData, Trailers)):
             await super().stream_send(event)
             return
@@ -205,6 +329,10 @@ class RepairedH2(H2Protocol):
             await self._reset(event.stream_id, ErrorCodes.CANCEL)
         elif isinstance(event, Trailers):
             await self._forget(event.stream_id)
+
+    def _is_unfinished(self, stream_id: int) -> bool:
+        buffer = self.stream_buffers.get(stream_id)
+        return buffer is not None and not buffer.complete
 
     async def _send_data(self, stream_id: int) -> None:
         buffer = self.stream_buffers.get(stream_id)
@@ -233,8 +361,7 @@ class RepairedH2(H2Protocol):
         for event in events:
             if isinstance(event, h2.events.PriorityUpdated):
                 continue  # deprecated by RFC 9113, 5.3, and of use to attackers only
-            if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
-                self._acknowledge(event)
+            if isinstance(event, h2.events.DataReceived) and await self._take_body(event):
                 continue
             await super()._handle_events([event])
             if isinstance(event, h2.events.StreamReset):
@@ -242,16 +369,33 @@ class RepairedH2(H2Protocol):
                 await self._tell_if_idle()
         await self._flush()
 
-    def _acknowledge(self, event: h2.events.DataReceived) -> None:
-        """Of a stream that was answered already: only the connection's window has to know."""
-        with suppress(h2.exceptions.ProtocolError, KeyError):
-            self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+    async def _take_body(self, event: h2.events.DataReceived) -> bool:
+        stream = self.streams.get(event.stream_id)
+        if isinstance(stream, WSStream):
+            return False
+        unread_bytes = 0
+        if stream is not None:
+            unread_bytes = len(event.data)
+            await stream.handle(Body(stream_id=event.stream_id, data=event.data))
+        await self._acknowledge(event.stream_id, event.flow_controlled_length - unread_bytes)  # padding, or all of it
+        return True
+
+    async def _acknowledge(self, stream_id: int, size_bytes: int) -> None:
+        """Bytes that take no room any more; of a stream that is over, the connection's window still has to know."""
+        if size_bytes:
+            with suppress(h2.exceptions.ProtocolError, KeyError):
+                self.connection.acknowledge_received_data(size_bytes, stream_id)
+            await self._flush()
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
-        if _is_well_formed(request.headers):
-            await super()._create_stream(request)
-        else:
+        if not _is_well_formed(request.headers):
             await self._reset(request.stream_id, ErrorCodes.PROTOCOL_ERROR)
+            return
+        await super()._create_stream(request)
+        stream = self.streams.get(request.stream_id)
+        if isinstance(stream, HTTPStream):
+            queue: BodyQueue = stream.app_put.__self__  # type: ignore[attr-defined]  # what `spawn_app` has given it
+            queue.acknowledge = partial(self._acknowledge, request.stream_id)
 
     async def _reset(self, stream_id: int, code: ErrorCodes) -> None:
         with suppress(h2.exceptions.ProtocolError):
@@ -335,7 +479,8 @@ class HypercornConnection:
         )
         if kind is H11Protocol:
             return H11Protocol(*arguments)
-        return RepairedH2(*arguments, write_timeout_s=self._limits.write_timeout_s)
+        stall_s = self._limits.h2_stall_timeout_s or self._limits.write_timeout_s
+        return RepairedH2(*arguments, write_timeout_s=stall_s)
 
     async def _say_goodbye(self) -> None:
         if isinstance(self._protocol, RepairedH2):

@@ -164,7 +164,7 @@ class Inline:
         if "transfer-encoding" in headers and "content-length" in headers:  # RFC 9112, 6.1: possible smuggling
             raise Refused("bad_request", "got both Transfer-Encoding and Content-Length, expected one of them")
         if (reason := self._connection.refusal_of_peer()) is not None:
-            raise Refused("certificate_revoked", reason, status=403)
+            raise Refused(reason, reason, status=403)
 
     async def _read_body(self, limit_bytes: int, headers: dict[str, str], pieces: list[bytes]) -> None:
         """Collect the body in ``pieces``, each of them paid for from the listener's budget."""

@@ -15,6 +15,8 @@ from osqbox.errors import AddressInUse, BadSetup, UserError
 BACKLOG = 4096
 PORT_ATTEMPTS = 50
 """Tries to find a port that is free on every address at once."""
+PROBES = 3
+"""Unanswered questions to a silent peer before its connection is over."""
 
 Address: TypeAlias = tuple[socket.AddressFamily, str]
 
@@ -40,6 +42,15 @@ async def open_sockets(name: str, host: str, port: int) -> list[trio.socket.Sock
                 continue  # the port picked for one address is taken on another
             raise AddressInUse(f"{name}: {taken}", hint=f"osqbox serve --{name}-port 0") from None
     raise AssertionError("unreachable")
+
+
+def notice_vanished_peers(sock: trio.socket.SocketType, after_s: int) -> None:
+    """Let the kernel ask machines that are silent; connections inherit it from their listening socket (tcp(7))."""
+    probe_s = max(1, after_s // 5)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, after_s - PROBES * probe_s))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
 
 
 async def _addresses(name: str, host: str) -> list[Address]:

@@ -6,15 +6,19 @@ import re
 import ssl
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from osqbox.errors import BadSetup
+from osqbox.exchange import Peer
 
-MODERN_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
-"""For TLS 1.2, as HTTP/2 demands (RFC 9113, 9.2.2); TLS 1.3 has its own list, AES-256-GCM first."""
+MODERN_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
+"""For TLS 1.2, as HTTP/2 demands (RFC 9113, 9.2.2); TLS 1.3 has its own list, AES-256-GCM first.
+
+Security level 2 refuses RSA keys under 2048 bits, curves under 224 and signatures with SHA-1, in chains too.
+"""
 OLD_CIPHERS = f"{MODERN_CIPHERS}:ECDHE+AES:RSA+AES:@SECLEVEL=0"
 """TLS 1.0 and 1.1 sign with SHA-1, which OpenSSL 3 refuses above security level 0."""
 
@@ -28,20 +32,60 @@ class CertificateIdentity:
     serial: int | None
     tenant: str | None
     """From a first URI SAN like ``osqbox://<tenant>/<name>``."""
+    uris: tuple[str, ...] = ()
+    common_names: tuple[str, ...] = ()
+    expires_at: float | None = None
+    """Seconds since the epoch."""
 
 
 def certificate_identity(certificate: Mapping[str, Any] | None) -> CertificateIdentity:
     """Who a certificate speaks for; takes what `ssl.SSLObject.getpeercert` returns after verification."""
     if not certificate:
         return CertificateIdentity(None, None, None)
-    uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
-    names = [value for rdn in certificate.get("subject", ()) for key, value in rdn if key == "commonName"]
+    uris = tuple(value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI")
+    names = tuple(value for rdn in certificate.get("subject", ()) for key, value in rdn if key == "commonName")
     tenant = _TENANT_URI.fullmatch(uris[0]) if uris else None
     return CertificateIdentity(
         name=next(iter(uris or names), None),
         serial=int(certificate["serialNumber"], 16) if "serialNumber" in certificate else None,
         tenant=tenant.group(1) if tenant else None,
+        uris=uris,
+        common_names=names,
+        expires_at=float(ssl.cert_time_to_seconds(certificate["notAfter"])) if "notAfter" in certificate else None,
     )
+
+
+def certificate_authority(certificate_der: bytes) -> str:
+    """Which CA signed a certificate: its authority key identifier in hexadecimal.
+
+    OpenSSL refuses a certificate whose identifier is not that of the CA it was verified with (RFC 5280, 4.2.1.1).
+    A certificate without one is told apart by the name of its issuer.
+    """
+    import hashlib
+
+    from cryptography import x509
+
+    certificate = x509.load_der_x509_certificate(certificate_der)
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        found = None
+    return found.hex() if found else f"issuer-{hashlib.sha256(certificate.issuer.public_bytes()).hexdigest()}"
+
+
+def refusal_of_certificate(peer: Peer, revoked: Container[int], now: float) -> str | None:
+    """Why a peer whose handshake succeeded may not be served now, in one word; what `Listener.check_peer` answers.
+
+    Asked again and again: a connection outlives the moment its certificate was verified, and a resumed session is
+    not verified anew.
+    """
+    if peer.certificate_serial is None:
+        return None
+    if peer.certificate_serial in revoked:
+        return "certificate_revoked"
+    if peer.certificate_expires_at is not None and now >= peer.certificate_expires_at:
+        return "certificate_expired"
+    return None
 
 
 def server_context(
@@ -52,14 +96,21 @@ def server_context(
     client_auth: Literal["off", "optional", "required"] = "off",
     minimum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
     alpn: Sequence[str] = ("h2", "http/1.1"),
+    resumption: bool = True,
 ) -> ssl.SSLContext:
     """A context for `Listener`. Keep it to rotate the certificate later with `rotate_certificate`.
+
+    The suite is chosen in our order, so that AES-256-GCM wins also with a client that puts AES-128 first. Without
+    ``resumption`` every connection verifies its client certificate anew.
 
     Raises BadSetup, naming the file, when a file cannot be used, and when ``minimum`` asks for a version that this
     machine's OpenSSL does not really speak.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    if not resumption:
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
     if minimum < ssl.TLSVersion.TLSv1_2:
         _check_old_version(minimum)
     _set_minimum(context, minimum, OLD_CIPHERS if minimum < ssl.TLSVersion.TLSv1_2 else MODERN_CIPHERS)
