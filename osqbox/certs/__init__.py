@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
     from .facts import CertificateFacts, describe
     from .making import KeyType
-    from .verbs import issue_client, renew, revoke
+    from .verbs import check_request, issue_client, renew, revoke, sign_request, validity_s
 
 __all__ = [
     "CertificateFacts",
     "Identity",
     "KeyType",
     "Snapshot",
+    "check_request",
     "describe",
     "ensure_identity",
     "existing_identity",
@@ -43,7 +44,9 @@ __all__ = [
     "revoke",
     "revoked_serials",
     "serial_text",
+    "sign_request",
     "snapshot",
+    "validity_s",
 ]
 
 
@@ -51,7 +54,7 @@ def __getattr__(name: str) -> object:
     for module, public in (
         ("facts", ("CertificateFacts", "describe")),
         ("making", ("KeyType",)),
-        ("verbs", ("issue_client", "renew", "revoke")),
+        ("verbs", ("check_request", "issue_client", "renew", "revoke", "sign_request", "validity_s")),
     ):
         if name in public:
             return getattr(import_module(f".{module}", __name__), name)

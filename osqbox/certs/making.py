@@ -84,13 +84,35 @@ def make_client(
     directory: Path, target: Path, name: str, authority: Authority, uris: Sequence[str], now: float, valid_s: float
 ) -> None:
     """A client certificate in ``target``, recorded in ``directory``."""
-    san = [x509.UniformResourceIdentifier(uri) for uri in uris]
-    key, cert = make_leaf(authority, name, san, CLIENT_AUTH, now, valid_s)
+    key, cert = make_leaf(authority, name, _identities(uris), CLIENT_AUTH, now, valid_s)
+    record_issued(directory, name, uris, cert, now)
+    write_files(target, {f"{name}.key": key_pem(key), f"{name}.pem": cert_pem(cert)})
+
+
+def make_client_for(
+    directory: Path,
+    public_key: CertificatePublicKeyTypes,
+    name: str,
+    authority: Authority,
+    uris: Sequence[str],
+    now: float,
+    valid_s: float,
+) -> x509.Certificate:
+    """A client certificate for somebody else's key, recorded in ``directory``."""
+    cert = certify(authority, public_key, name, _identities(uris), CLIENT_AUTH, now, valid_s)
+    record_issued(directory, name, uris, cert, now)
+    return cert
+
+
+def record_issued(directory: Path, name: str, uris: Sequence[str], cert: x509.Certificate, now: float) -> None:
+    """Before the certificate is handed out: one that nobody can name is one that nobody can revoke."""
     entry = Issued(serial=serial_text(cert.serial_number), name=name, uri=uris[0], not_after=ends(cert))
-    # Recorded before it exists: a certificate nobody can name is one nobody can revoke.
     lasting = [each for each in read_issued(directory) if each.revoked_at or (each.not_after or math.inf) > now]
     write_files(directory, {ISSUED_FILE: to_json([*lasting, entry])})
-    write_files(target, {f"{name}.key": key_pem(key), f"{name}.pem": cert_pem(cert)})
+
+
+def _identities(uris: Sequence[str]) -> list[x509.UniformResourceIdentifier]:
+    return [x509.UniformResourceIdentifier(uri) for uri in uris]
 
 
 def remake_client(
@@ -111,20 +133,32 @@ def make_leaf(
     valid_s: float = LEAF_DAYS * DAY_S,
 ) -> tuple[PrivateKey, x509.Certificate]:
     """A new key of the CA's type and its certificate, valid no longer than its CA."""
-    key_type = _key_type(authority.cert)
-    key = new_key(key_type)
-    purposes = ["digital_signature"] + (["key_encipherment"] if key_type != "ec" and usage == SERVER_AUTH else [])
+    key = new_key(_key_type(authority.cert))
+    return key, certify(authority, key.public_key(), name, san, usage, now, valid_s)
+
+
+def certify(
+    authority: Authority,
+    public_key: CertificatePublicKeyTypes,
+    name: str,
+    san: Sequence[x509.GeneralName],
+    usage: x509.ObjectIdentifier,
+    now: float,
+    valid_s: float,
+) -> x509.Certificate:
+    """A certificate for a key, valid no longer than its CA."""
+    is_rsa_server = isinstance(public_key, rsa.RSAPublicKey) and usage == SERVER_AUTH
+    purposes = ["digital_signature"] + (["key_encipherment"] if is_rsa_server else [])
     extensions: Extensions = [
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (_key_usage(*purposes), True),
         (x509.ExtendedKeyUsage([usage]), False),
         (x509.SubjectAlternativeName(san), False),
-        (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
+        (x509.SubjectKeyIdentifier.from_public_key(public_key), False),
         (_authority_key_identifier(authority.cert), False),
     ]
     until = min(now + valid_s, ends(authority.cert))
-    issuer = authority.cert.subject
-    return key, sign(common_name(name), key.public_key(), extensions, issuer, authority.signer, now, until)
+    return sign(common_name(name), public_key, extensions, authority.cert.subject, authority.signer, now, until)
 
 
 def sign(

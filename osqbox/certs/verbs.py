@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from osqbox.errors import BadSetup, BadUsage
 from osqbox.identity import (
@@ -29,6 +32,11 @@ from .reading import DAY_S, Authority, Issued
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+MIN_VALID_S = 60
+MAX_VALID_S = making.AUTHORITY_DAYS * DAY_S
+MIN_RSA_BITS, MAX_RSA_BITS = 2048, 8192
+"""Weaker is refused by TLS anyway; verifying larger ones costs the server more than them."""
+
 
 def issue_client(
     directory: Path,
@@ -37,7 +45,7 @@ def issue_client(
     tenant: str = "default",
     roles: Sequence[str] = (),
     principals: Sequence[str] = (),
-    days: int = making.LEAF_DAYS,
+    days: float = making.LEAF_DAYS,
     out: Path | None = None,
     now: float,
 ) -> tuple[Path, Path, Path]:
@@ -49,8 +57,7 @@ def issue_client(
     revoked. The validity ends with the client CA's at the latest. Raises BadUsage for unfit words.
     """
     uris = client_uris(name, tenant, roles, principals)
-    if days < 1:
-        raise BadUsage(f"expected a validity of at least 1 day, got {days}")
+    valid_s = validity_s(days)
     existing_identity(directory)
     with locked(directory):
         authority = reading.load_authority(directory, "client-ca", must_sign=True)
@@ -62,9 +69,72 @@ def issue_client(
             ca = directory / "ca.pem"
         else:
             _copy_authority(directory / "ca.pem", ca)
-        making.make_client(directory, target, name, authority, uris, now, days * DAY_S)
+        making.make_client(directory, target, name, authority, uris, now, valid_s)
         remember(directory)
     return cert, key, ca
+
+
+def validity_s(days: float) -> float:
+    """Of a client certificate, in seconds; a part of a day is fine, less than a minute is of no use to anybody."""
+    if not MIN_VALID_S <= days * DAY_S <= MAX_VALID_S:
+        raise BadUsage(f"expected a validity of 1 minute to {making.AUTHORITY_DAYS} days, got {days:g} days")
+    return days * DAY_S
+
+
+def check_request(csr_pem: bytes) -> x509.CertificateSigningRequest:
+    """A certificate signing request whose key is its sender's and strong enough; BadUsage for any other.
+
+    Of its content only the public key counts: who it is for is not the sender's to say.
+    """
+    try:
+        request = x509.load_pem_x509_csr(csr_pem)
+        is_signed = request.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise BadUsage(f"csr: expected a certificate signing request in PEM: {error}") from None
+    if not is_signed:
+        raise BadUsage("csr: its signature is not by the key in it")
+    match request.public_key():
+        case (
+            ec.EllipticCurvePublicKey(curve=ec.SECP256R1() | ec.SECP384R1() | ec.SECP521R1())
+            | ed25519.Ed25519PublicKey()
+        ):
+            return request
+        case rsa.RSAPublicKey(key_size=bits) if MIN_RSA_BITS <= bits <= MAX_RSA_BITS:
+            return request
+    raise BadUsage(
+        f"csr: expected a key on P-256, P-384, P-521 or Ed25519, or RSA of {MIN_RSA_BITS} to {MAX_RSA_BITS} bits"
+    )
+
+
+def sign_request(
+    directory: Path,
+    csr_pem: bytes,
+    name: str,
+    *,
+    tenant: str = "default",
+    roles: Sequence[str] = (),
+    principals: Sequence[str] = (),
+    valid_s: float,
+    promised_at: float,
+    now: float,
+) -> tuple[bytes, int, float]:
+    """As `issue_client` for a key that stays where it is: the certificate in PEM, its serial number and its end.
+
+    Raises BadUsage for a request that is no good, and when the name was revoked after the certificate was promised;
+    BadSetup where there is no client CA to sign with.
+    """
+    uris = client_uris(name, tenant, roles, principals)
+    request = check_request(csr_pem)
+    with locked(directory):
+        authority = reading.load_authority(directory, "client-ca", must_sign=True)
+        for entry in reading.read_issued(directory):
+            if entry.uri == uris[0] and (entry.revoked_at or 0) >= promised_at:
+                raise BadUsage(
+                    f"{name!r} was revoked on {reading.date(entry.revoked_at or 0)}, after this was promised"
+                )
+        cert = making.make_client_for(directory, request.public_key(), name, authority, uris, now, valid_s)
+        remember(directory)
+    return making.cert_pem(cert), cert.serial_number, reading.ends(cert)
 
 
 def _refuse_overwriting(cert: Path, key: Path, authority: Authority) -> None:
