@@ -60,3 +60,12 @@ def invalid(field: str, message: str) -> JobError:
 def not_found(job_id: str) -> JobError:
     """Also for another owner's job: the same text, so that nobody learns which ids exist."""
     return JobError(Code.NOT_FOUND, f"no job {job_id!r}", reason="JOB_NOT_FOUND")
+
+
+LATER_S = 5.0
+"""When it is worth trying again what is beyond a bound."""
+
+
+def exhausted(reason: str, message: str) -> JobError:
+    """Beyond a bound now; later there may be room."""
+    return JobError(Code.RESOURCE_EXHAUSTED, message, reason=reason, retry_after_s=LATER_S)

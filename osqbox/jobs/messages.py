@@ -216,3 +216,51 @@ class Caller:
     """Unix users this caller may run jobs as; empty: the server's own, or its ``--jobs-user``."""
     serial: int | None = None
     address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Newest jobs first; ``next_page`` is the ``before`` of the next call, None at the end."""
+
+    jobs: tuple[Status, ...]
+    next_page: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobBounds:
+    """How much the runner takes on (more is refused: RESOURCE_EXHAUSTED) and keeps (more is dropped, oldest first)."""
+
+    running: int = 1024
+    running_per_owner: int = 1000
+    """One owner leaves room for the others."""
+    followers: int = 4096
+    followers_per_owner: int = 2048
+    output_bytes: int = 1024 * MIB
+    """Largest log of one job."""
+    disk_bytes: int = 16 * 1024 * MIB
+    """Logs of all jobs together; beyond it no job is started."""
+    free_bytes: int = 64 * MIB
+    """What stays free on the disk of the logs; below it no job is started."""
+    kept_jobs: int = 10_000
+    kept_age_s: float = 30 * 86400
+    kept_bytes: int = 4 * 1024 * MIB
+    """Ended jobs: how many, for how long and how much of their logs is kept."""
+    remembered: int = 100_000
+    """Ids of removed jobs, so that their owner is told EXPIRED instead of never heard of."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatistics:
+    running: int
+    """Jobs that have not ended, those just being started included."""
+    followers: int
+    started: int
+    ended: int
+    refused: dict[str, int]
+    """By reason, since the runner was opened."""
+    removed: int
+    """Ended jobs that retention removed."""
+    log_bytes: int
+    """On disk, of all jobs."""
+    capabilities: dict[str, object]
+    """What this process may do for containment and limits; empty until first asked."""

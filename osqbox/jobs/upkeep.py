@@ -1,0 +1,120 @@
+"""What the job runner does by itself: ended jobs beyond the retention go, with everything that was kept of them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from osqbox.clock import Clock
+from osqbox.store import Store
+
+from . import links, service
+from .messages import JobBounds
+from .service import Record
+from .users import User
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 5.0
+"""After a removal that failed."""
+LOOK_S = 3600.0
+"""Longest time between two looks."""
+
+
+class Upkeep:
+    """Sleeps until a job has ended or the oldest has come of age; `run` it in a nursery."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        clock: Clock,
+        bounds: JobBounds,
+        own_user: User,
+        is_live: Callable[[str], bool],
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._clock = clock
+        self._bounds = bounds
+        self._own_user = own_user
+        self._is_live = is_live
+        self._look = trio.Event()
+        self._count = self._bytes = self._ended = 0
+        self._oldest: float | None = None
+        self.removed = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """On disk, of ended jobs."""
+        return self._bytes
+
+    def ended(self, record: Record) -> None:
+        self._ended += 1
+        self._count, self._bytes = self._count + 1, self._bytes + record.disk_bytes
+        self._oldest = self._oldest or record.status.ended_at
+        self._look.set()
+
+    async def deleted(self, record: Record) -> None:
+        """Its row is gone; now its files."""
+        self._count, self._bytes = self._count - 1, self._bytes - record.disk_bytes
+        await trio.to_thread.run_sync(self._remove_files, [record])
+
+    async def run(self) -> None:
+        await self._sweep()
+        await self._recount()
+        while True:
+            while (wait_s := self._due_s()) <= 0 and await self._remove_old():
+                pass
+            self._look = trio.Event()
+            with trio.move_on_after(wait_s or AGAIN_S):
+                await self._look.wait()
+
+    def _due_s(self) -> float:
+        """Until there is something to remove; 0 when there is."""
+        if self._count > self._bounds.kept_jobs or self._bytes > self._bounds.kept_bytes:
+            return 0.0
+        if self._oldest is None:
+            return LOOK_S
+        return min(LOOK_S, max(0.0, self._oldest + self._bounds.kept_age_s - self._clock.now()))
+
+    async def _remove_old(self) -> bool:
+        """Some of what is beyond the bounds; False when there was nothing."""
+        try:
+            gone = await self._store.write(lambda tx: service.expire(tx, self._bounds))
+        except sqlite3.Error:
+            log.exception("jobs beyond the retention could not be removed")
+            return False
+        await trio.to_thread.run_sync(self._remove_files, gone)
+        self.removed += len(gone)
+        await self._recount()
+        return bool(gone)
+
+    async def _recount(self) -> None:
+        """Again, should a job end meanwhile: better one too many than one forgotten."""
+        seen = -1
+        while seen != self._ended:
+            seen = self._ended
+            self._count, self._bytes, self._oldest = await self._store.read(service.kept)
+
+    def _remove_files(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record.link_output and record.status.run_as == self._own_user.name:
+                links.unlink(record.status.id, self._own_user)
+            shutil.rmtree(self._directory / record.status.id, ignore_errors=True)
+
+    async def _sweep(self) -> None:
+        """Directories without a row: a job was deleted and the box ended before its files were."""
+        known = await self._store.read(service.ids)
+        await trio.to_thread.run_sync(partial(self._remove_unknown, known))
+
+    def _remove_unknown(self, known: set[str]) -> None:
+        for path in self._directory.iterdir():
+            if path.name not in known and not self._is_live(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
