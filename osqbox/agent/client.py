@@ -463,6 +463,15 @@ class Core:
             self.verbose("utility.h", f"{failed}, retrying in {attempt**2} seconds...")
             yield Sleep(attempt**2)
 
+    def ask(self, call: str, path: str, body: Callable[[str], bytes]) -> Thread[Reply]:
+        """One call that is not of osqueryd's own API: tried once, and nobody is told when it fails."""
+        key = yield from self._node_key()
+        outcome = yield from self._send(Send(call, path, body(key), key))
+        reply = _reply(outcome)
+        if reply.node_invalid:
+            self._forget_key(key)
+        return reply
+
     def _exchange(self, call: str, path: str, body: Callable[[str], bytes], *, compress: bool = False) -> Thread[Reply]:
         key = yield from self._node_key()
         target = self._located(call, path, key)

@@ -56,6 +56,8 @@ from osqbox.clock import Clock, SystemClock
 if TYPE_CHECKING:
     import ssl
 
+    from osqbox.agent.shell.control import ControlOptions
+
 OnEvent = Callable[[str, dict[str, Any]], None]
 OnVerbose = Callable[[str], None]
 CallPlugin = Callable[[Call], Awaitable["list[dict[str, str]] | Failure"]]
@@ -105,6 +107,8 @@ class AgentOptions:
     """What osquery_info says; None is this process's."""
     launcher: bool = False
     """Speak Kolide Launcher's JSON-RPC instead of osquery's own API."""
+    control: ControlOptions | None = None
+    """Remote shells; None asks for none."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Further osqueryd flags, without dashes; they win over the fields above."""
 
@@ -390,8 +394,20 @@ class Agent:
             for number, thread in enumerate(threads, 1):
                 seat = self.clock.seat() if isinstance(self.clock, SteppedClock) else number
                 nursery.start_soon(self._supervise, thread, seat)
+            if self.options.control is not None:
+                seat = self.clock.seat() if isinstance(self.clock, SteppedClock) else len(threads) + 1
+                nursery.start_soon(self._control, self.options.control, seat)
             if isinstance(self.clock, SteppedClock):
                 self.clock.leave()  # the first thread has done its part
+
+    async def _control(self, control: ControlOptions, seat: int) -> None:
+        from osqbox.agent.shell.control import run_control
+        from osqbox.agent.shell.socket import Dialer
+
+        dialer = Dialer(lambda: self.core.flags.text("tls_hostname"), self.context, self.transport)
+        await run_control(
+            control, self.core, dialer, functools.partial(self._supervise, seat=seat), on_event=self.hooks.event
+        )
 
     async def _supervise(self, start: Callable[[], Thread[None]], seat: int) -> None:
         """Run a thread; should one of its steps fail, say so in the status log and begin it again."""
@@ -470,7 +486,8 @@ class Agent:
         if channel is None:
             return Failure("Request error: no --tls_hostname")
         dump = self.hooks.verbose if self.core.flags.true("tls_dump") and self.core.flags.true("verbose") else None
-        call = command if self.dialect is None else self.dialect.call(command)
+        is_shells = command.call == "shells"  # which Launcher asks for beside its JSON-RPC service
+        call = command if self.dialect is None or is_shells else self.dialect.call(command)
         if isinstance(call, Failure):
             return call
         if dump:
@@ -483,7 +500,7 @@ class Agent:
             return Failure(str(error))
         if dump:
             dump(reply.decode("utf-8", "replace"))
-        return reply if self.dialect is None else jsonrpc.reply(command.call, reply)
+        return reply if self.dialect is None or is_shells else jsonrpc.reply(command.call, reply)
 
     async def _call(self, command: Call) -> list[dict[str, str]] | Failure:
         if self.hooks.plugin is None:

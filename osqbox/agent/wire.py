@@ -293,6 +293,23 @@ async def fetch(
             await channel.aclose()
 
 
+async def open_stream(
+    hostname: str, context: ssl.SSLContext, transport: Transport = Transport()
+) -> trio.SSLStream[trio.SocketStream]:
+    """A TLS connection of its own to ``hostname`` that is not spoken HTTP to yet. Raises CallFailed."""
+    channel = Channel(hostname, context, transport)
+    try:
+        with trio.fail_after(transport.timeout_s):
+            stream, _ = await channel._connect(channel._home)
+    except BaseException as error:
+        channel._drop()
+        if isinstance(error, OSError | trio.BrokenResourceError | trio.TooSlowError | ValueError | _Broken):
+            reason = "timeout" if isinstance(error, trio.TooSlowError) else _cause(error)
+            raise CallFailed(f"Request error: {reason}") from error
+        raise
+    return stream
+
+
 async def _ask_to_connect(stream: trio.SocketStream, target: _Target) -> None:
     """CONNECT through a proxy, without authentication."""
     shown = f"[{target.host}]" if ":" in target.host else target.host

@@ -10,6 +10,7 @@ import heapq
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from osqbox.agent.client import SETTINGS, Core, Failure, HostDetails, Query, Send, Sleep, Thread
@@ -24,6 +25,9 @@ MAX_LAG_S = 1.0
 """A thread that wakes up later than this is told the real time instead of the one it asked for."""
 RESTART_PAUSE_S = 1.0
 HELD_AFTER_S = 1.0
+SHELLS = "shells"
+MAY_BE_HELD = frozenset({"read", SHELLS})
+"""Calls a server keeps open until there is something to say."""
 ON_THE_SPOT_S = 0.02
 """Queries that take longer are run again in a thread, so that they hold back nobody else."""
 QUERY_TIMEOUT_S = 60.0
@@ -110,6 +114,8 @@ class Shared:
     """Seconds from anywhere, never back."""
     began: float
     """The agents' time at the start."""
+    shells: Callable[[Member], Thread[None]] | None = None
+    """The thread that asks for remote shells, where the swarm gives some."""
 
 
 class SqlEngine(Protocol):
@@ -207,6 +213,8 @@ class Member:
             self._add("log", core.log_forwarder, now)
             self._add("distributed", core.distributed, now)
             self._add("scheduler", core.scheduler, now)
+            if self._shared.shells is not None:
+                self._add(SHELLS, partial(self._shared.shells, self), now)
 
     def _failed(self, strand: Strand, error: Exception, now: float) -> None:
         self._shared.tally.error(strand.name, f"{type(error).__name__}: {error}", now - self._shared.began)
@@ -269,5 +277,5 @@ class Member:
 
 def counted_as(command: Send, outcome: bytes | Failure, took_s: float) -> str:
     """The name a call's duration is counted under: a read that the server kept open is not a slow one."""
-    is_held = command.call == "read" and took_s >= HELD_AFTER_S and isinstance(outcome, bytes)
+    is_held = command.call in MAY_BE_HELD and took_s >= HELD_AFTER_S and isinstance(outcome, bytes)
     return HELD if is_held else command.call

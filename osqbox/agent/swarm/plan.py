@@ -6,12 +6,15 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from osqbox.agent.messages import Endpoints
 from osqbox.agent.profile.dice import Dice
 from osqbox.errors import BadUsage, Unsafe
+
+if TYPE_CHECKING:
+    from osqbox.agent.shell.control import ControlOptions
 
 Mode = Literal["steady", "ramp", "sweep"]
 Connections = Literal["shared", "thread"]
@@ -261,3 +264,5 @@ class SwarmPlan:
     """Ends a sweep."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Further osqueryd flags."""
+    control: ControlOptions | None = None
+    """Scripted remote shells; None asks for none."""

@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from osqbox.agent import jsonrpc
-from osqbox.agent.client import Failure, Query, Send
+from osqbox.agent.client import Failure, Query, Send, Thread
 from osqbox.agent.flags import Flags
 from osqbox.agent.jsonrpc import Dialect
 from osqbox.agent.profile.dice import Dice
@@ -24,7 +24,9 @@ from osqbox.agent.sql import QueryResult
 from osqbox.agent.swarm.build import Hosts, Nursery, swarm_flags
 from osqbox.agent.swarm.member import (
     MAX_LAG_S,
+    MAY_BE_HELD,
     QUERY_TIMEOUT_S,
+    SHELLS,
     SLOW_PAUSE_S,
     SLOW_PIECE_BYTES,
     Member,
@@ -180,6 +182,7 @@ class _Swarm:
         )
         self.nursery = Nursery(plan, self.hosts, self.shared)
         self.transport = _transport(plan)
+        self.shared.shells = self._shells if plan.control is not None else None
         self.dialect = Dialect() if plan.launcher else None
         rss_before, cpu_before = resident_bytes(), cpu_s()
         async with self._open_tasks():
@@ -321,7 +324,9 @@ class _Swarm:
             cancelled.set()
 
     async def _send(self, member: Member, strand: Strand, command: Send) -> bytes | Failure:
-        finishes = command.call != "read"  # the end of the run waits for everything but reads, which may be held
+        finishes = (
+            command.call not in MAY_BE_HELD
+        )  # the end of the run waits for everything but reads, which may be held
         async with self._turn(member, strand, command) as wire:
             began = time.perf_counter()
             self.in_flight += finishes
@@ -335,7 +340,7 @@ class _Swarm:
         return outcome
 
     async def _exchange(self, wire: _Wire, command: Send) -> bytes | Failure:
-        if self.dialect is None:
+        if self.dialect is None or command.call == SHELLS:
             return await _post(wire, command)
         call = self.dialect.call(command)
         outcome = call if isinstance(call, Failure) else await _post(wire, call)
@@ -357,7 +362,8 @@ class _Swarm:
             yield kept
 
     def _wire(self, member: Member, strand: Strand) -> _Wire:
-        key = (member.index, "" if self.plan.connections == "shared" else strand.name)
+        is_own = self.plan.connections == "thread" or strand.name == SHELLS  # which is held most of the time
+        key = (member.index, strand.name if is_own else "")
         wire = self.wires.get(key)
         if wire is None:
             wire = self.wires[key] = self._new_wire(member)
@@ -365,6 +371,22 @@ class _Swarm:
 
     def _new_wire(self, member: Member) -> _Wire:
         return _Wire(self.plan, self.tls, self.transport, self.tally, is_slow=member.is_slow)
+
+    def _shells(self, member: Member) -> Thread[None]:
+        """Its sessions are tasks beside the calls, and end with them."""
+        from osqbox.agent.shell.control import INTERVAL_S, Poller, Sessions
+        from osqbox.agent.shell.socket import Dialer
+
+        assert self.plan.control is not None
+        dialer = Dialer(lambda: self.plan.server.hostname, self.tls, self.transport)
+        core = member.core
+        sessions = Sessions(
+            self.plan.control, dialer, self._heard, hostname=core.identity.hostname, node_key=lambda: core.node_key
+        )
+        return Poller(core, self.plan.control.interval_s or INTERVAL_S, sessions.within(self.calls).start).run()
+
+    def _heard(self, kind: str, _facts: dict[str, Any]) -> None:
+        self.tally.shells += kind == "shell_started"
 
     # -- telling -------------------------------------------------------------------------------------------------
 

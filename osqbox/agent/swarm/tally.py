@@ -82,6 +82,8 @@ class Tally:
     """Distributed queries answered."""
     log_lines: int = 0
     """Log lines acknowledged."""
+    shells: int = 0
+    """Remote shells opened."""
     connections: int = 0
     """TLS connections opened."""
     total: Window = field(default_factory=Window)
@@ -169,6 +171,7 @@ def report(tally: Tally, cost: Cost, facts: Mapping[str, Any]) -> dict[str, Any]
         "node_invalid": tally.node_invalid,
         "answers": tally.answers,
         "log_lines": tally.log_lines,
+        **({"shells": tally.shells} if tally.shells else {}),
         "connections": tally.connections,
         "series": {
             "bin_s": tally.series.bin_s,
