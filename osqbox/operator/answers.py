@@ -7,6 +7,7 @@ import re
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
 from osqbox.errors import Refused, UserError
+from osqbox.jobs.errors import Code, JobError
 from osqbox.store import Store
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """One stable word."""
     hint: str | None = None
     problems: list[Problem] | msgspec.UnsetType = msgspec.UNSET
+    job: str | msgspec.UnsetType = msgspec.UNSET
+    """Of a job that could not be started: its id, under which it is kept."""
 
 
 class Unacceptable(Exception):
@@ -100,6 +104,8 @@ async def explain(error: Exception) -> TrioResponse:
             return failed(Failure(error=error.message, reason=error.reason), error.status)
         case Unacceptable():
             return failed(Failure(error=str(error), reason="bad_config", problems=error.problems), 400)
+        case JobError():
+            return _explain_job_error(error)
         case UserError():
             return _explain_user_error(error)
         case HTTPException():
@@ -117,6 +123,32 @@ async def explain(error: Exception) -> TrioResponse:
             )
     log.error("internal error", exc_info=error)
     return failed(Failure(error="internal error; the box's log has it", reason="internal"), 500)
+
+
+_JOB_STATUSES = MappingProxyType(
+    {
+        Code.INVALID_ARGUMENT: 400,
+        Code.UNAUTHENTICATED: 401,
+        Code.PERMISSION_DENIED: 403,
+        Code.NOT_FOUND: 404,
+        Code.ALREADY_EXISTS: 409,
+        Code.FAILED_PRECONDITION: 409,
+        Code.OUT_OF_RANGE: 416,
+        Code.RESOURCE_EXHAUSTED: 429,
+        Code.UNIMPLEMENTED: 501,
+        Code.UNAVAILABLE: 503,
+        Code.DEADLINE_EXCEEDED: 504,
+    }
+)
+
+
+def _explain_job_error(error: JobError) -> TrioResponse:
+    reason = (error.reason or error.code.name).lower()
+    failure = Failure(error=error.message, reason=reason, job=error.job_id or msgspec.UNSET)
+    response = failed(failure, _JOB_STATUSES.get(error.code, 500))
+    if error.retry_after_s:
+        response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    return response
 
 
 def _explain_user_error(error: UserError) -> TrioResponse:

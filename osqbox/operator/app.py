@@ -1,4 +1,4 @@
-"""The operator's REST, SSE and metrics as one ASGI application.
+"""The operator's REST, SSE, WebSockets and metrics as one ASGI application.
 
 One file per noun adds its routes; `guard` stands before all of them, `answers` shapes whatever comes out.
 """
@@ -11,7 +11,25 @@ from urllib.parse import unquote
 from quart import Blueprint
 from quart_trio import QuartTrio
 
-from . import campaigns, carves, configs, guard, info, logs, metrics, nodes, openapi, stream, tenants, yara
+from . import (
+    audit,
+    campaigns,
+    carves,
+    certificates,
+    configs,
+    guard,
+    info,
+    jobs,
+    logs,
+    metrics,
+    nodes,
+    openapi,
+    shells,
+    stream,
+    tenants,
+    terminal,
+    yara,
+)
 from .answers import explain
 from .operations import SLASH
 from .parts import Parts
@@ -23,7 +41,12 @@ API = "/api/v1"
 
 
 class _OperatorApp(QuartTrio):
+    parts: Parts
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await terminal.serve(self.parts, scope, receive, send)
+            return
         if scope["type"] == "http" and b"%2f" in scope.get("raw_path", b"").lower():
             scope = {**scope, "path": one_piece(scope["raw_path"])}
         await super().__call__(scope, receive, send)
@@ -38,6 +61,7 @@ def one_piece(raw_path: bytes) -> str:
 def make_app(parts: Parts) -> QuartTrio:
     """The application; serve it behind `osqbox.listen.Listener`, which bounds what Quart does not."""
     app = _OperatorApp("osqbox.operator", static_folder=None)
+    app.parts = parts
     app.config.update(MAX_CONTENT_LENGTH=BODY_MAX_BYTES, PROVIDE_AUTOMATIC_OPTIONS=False, PROPAGATE_EXCEPTIONS=False)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
@@ -53,6 +77,6 @@ def make_app(parts: Parts) -> QuartTrio:
 def _api(app: QuartTrio, parts: Parts) -> Blueprint:
     routes = Blueprint("api", "osqbox.operator")
     info.add(routes, parts, app)
-    for noun in (tenants, nodes, configs, campaigns, logs, carves, yara, stream):
+    for noun in (tenants, nodes, configs, campaigns, logs, carves, yara, shells, jobs, audit, certificates, stream):
         noun.add(routes, parts)
     return routes

@@ -36,12 +36,12 @@ class Ear:
     def stopped(self) -> bool:
         return self._stopping.is_set()
 
-    async def wait(self, hear: Callable[[Heard], bool]) -> bool:
+    async def wait(self, hear: Callable[[Heard], bool], *, within_s: float | None = None) -> bool:
         """True after events of which ``hear`` says that they matter; False when silence was long or the box stops.
 
         Every event is given to ``hear`` once, in order, also those that came with one that matters.
         """
-        silent_until = trio.current_time() + KEEP_ALIVE_S
+        silent_until = trio.current_time() + (KEEP_ALIVE_S if within_s is None else within_s)
         while not self.stopped:
             if self._drain(hear):
                 return True

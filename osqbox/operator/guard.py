@@ -6,18 +6,18 @@ foreign Host, one that posts here sends its Origin, and neither knows the token.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
-from typing import TypeAlias
 
-from quart import Request, Websocket, request, websocket
+from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
+from werkzeug.datastructures import Headers
 
 from .answers import Failure, failed
 from .operations import operation_of
 from .parts import Parts
-
-Asked: TypeAlias = Request | Websocket
 
 SAFE_METHODS = frozenset(("GET", "HEAD"))
 TOKEN_HINT = "osqbox env"  # noqa: S105 - a command
@@ -29,20 +29,40 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+CHALLENGE = ("WWW-Authenticate", 'Bearer realm="osqbox"')
+BASIC_CHALLENGE = ("WWW-Authenticate", 'Bearer realm="osqbox", Basic realm="osqbox"')
+SINGLE = ("Host", "Origin", "Authorization", "Sec-Fetch-Site")
+"""Headers that decide: given twice, nobody can say which was meant."""
+
+
+class Unwelcome(Exception):
+    """Whoever asks gets this answer and nothing else."""
+
+    def __init__(self, failure: Failure, status: int, *headers: tuple[str, str]) -> None:
+        super().__init__(failure.error)
+        self.failure = failure
+        self.status = status
+        self.headers = headers
 
 
 def install(app: QuartTrio, parts: Parts) -> None:
-    """Nothing is answered around it: not unknown paths, not wrong methods, not a route added later."""
+    """Nothing is answered around it: not unknown paths, not wrong methods, not a route added later.
 
-    def why_not(asked: Asked, *, changes: bool) -> TrioResponse | None:
-        foreign = _why_foreign(asked, parts.allowed_hosts(), changes=changes)
-        return foreign or (None if _is_open(app, asked) else _why_unknown(asked, parts.token))
+    WebSockets do not pass here; `terminal` puts the same questions to them.
+    """
 
     async def check() -> TrioResponse | None:
-        return why_not(request, changes=request.method not in SAFE_METHODS)
-
-    async def check_websocket() -> TrioResponse | None:
-        return why_not(websocket, changes=True)
+        found = operation_of(app.view_functions[request.url_rule.endpoint]) if request.url_rule else None
+        takes_basic = found is not None and found.takes_basic
+        try:
+            check_own(request.headers, parts.allowed_hosts(), changes=takes_basic or request.method not in SAFE_METHODS)
+            if found is None or not found.is_open:
+                check_token(request.headers, parts.token, basic=takes_basic)
+        except Unwelcome as unwelcome:
+            response = failed(unwelcome.failure, unwelcome.status)
+            response.headers.extend(unwelcome.headers)
+            return response
+        return None
 
     async def harden(response: TrioResponse) -> TrioResponse:
         for name, value in HEADERS.items():
@@ -50,54 +70,50 @@ def install(app: QuartTrio, parts: Parts) -> None:
         return response
 
     app.before_request(check)
-    app.before_websocket(check_websocket)
     app.after_request(harden)
 
 
-def _is_open(app: QuartTrio, asked: Asked) -> bool:
-    if asked.url_rule is None:
-        return False
-    found = operation_of(app.view_functions[asked.url_rule.endpoint])
-    return found is not None and found.is_open
-
-
-def _why_foreign(asked: Asked, allowed: frozenset[str], *, changes: bool) -> TrioResponse | None:
-    host = asked.headers.get("Host", "").lower()
+def check_own(headers: Headers, allowed: frozenset[str], *, changes: bool) -> None:
+    """Raises Unwelcome unless it came to a name of ours and, when it changes something, not from a foreign page."""
+    for name in SINGLE:
+        if len(headers.getlist(name)) > 1:
+            raise Unwelcome(Failure(error=f"{name}: expected one, got several", reason="foreign"), 403)
+    host = headers.get("Host", "").lower()
     if host not in allowed:
-        return failed(
-            Failure(
-                error=f"Host: expected one of {', '.join(sorted(allowed))}, got {host[:80]!r}", reason="wrong_host"
-            ),
-            421,
-        )
+        expected = ", ".join(sorted(allowed))
+        raise Unwelcome(Failure(error=f"Host: expected one of {expected}, got {host[:80]!r}", reason="wrong_host"), 421)
     if not changes:
-        return None
-    site = asked.headers.get("Sec-Fetch-Site", "none").lower()
+        return
+    site = headers.get("Sec-Fetch-Site", "none").lower()
     if site not in ("same-origin", "none"):
-        return failed(Failure(error=f"Sec-Fetch-Site: expected same-origin, got {site[:40]!r}", reason="foreign"), 403)
-    origin = asked.headers.get("Origin")
-    if origin is not None and origin.lower().partition("://")[::2] not in _origins(allowed):
-        return failed(Failure(error=f"Origin: expected this box's own, got {origin[:80]!r}", reason="foreign"), 403)
-    return None
+        raise Unwelcome(
+            Failure(error=f"Sec-Fetch-Site: expected same-origin, got {site[:40]!r}", reason="foreign"), 403
+        )
+    origin = headers.get("Origin")
+    # To the letter: browsers write an origin in one way only, and every other way belongs to somebody else.
+    if origin is not None and origin not in {f"{scheme}://{name}" for scheme in ("http", "https") for name in allowed}:
+        raise Unwelcome(Failure(error=f"Origin: expected this box's own, got {origin[:80]!r}", reason="foreign"), 403)
 
 
-def _origins(allowed: frozenset[str]) -> set[tuple[str, str]]:
-    return {(scheme, host) for scheme in ("http", "https") for host in allowed}
-
-
-def _why_unknown(asked: Asked, token: str) -> TrioResponse | None:
-    scheme, _, given = asked.headers.get("Authorization", "").partition(" ")
-    is_bearer = scheme.lower() == "bearer"
-    if hmac.compare_digest(given.strip().encode(errors="replace"), token.encode()) and is_bearer:
-        return None
-    got = "another one" if is_bearer else "another kind" if scheme else "none"
-    response = failed(
-        Failure(
-            error=f"Authorization: expected Bearer and the box's token, got {got}",
-            reason="unauthorized",
-            hint=TOKEN_HINT,
-        ),
-        401,
+def check_token(headers: Headers, token: str, *, basic: bool = False) -> None:
+    """Raises Unwelcome unless the token is there; as the password of any user where ``basic`` is allowed."""
+    scheme, _, given = headers.get("Authorization", "").partition(" ")
+    kind = scheme.lower()
+    given = given.strip()
+    if basic and kind == "basic":
+        given = _password(given)
+    is_right_kind = kind == "bearer" or (basic and kind == "basic")
+    if hmac.compare_digest(given.encode(errors="replace"), token.encode()) and is_right_kind:
+        return
+    got = "another one" if is_right_kind else "another kind" if scheme else "none"
+    failure = Failure(
+        error=f"Authorization: expected Bearer and the box's token, got {got}", reason="unauthorized", hint=TOKEN_HINT
     )
-    response.headers["WWW-Authenticate"] = 'Bearer realm="osqbox"'
-    return response
+    raise Unwelcome(failure, 401, BASIC_CHALLENGE if basic else CHALLENGE)
+
+
+def _password(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""

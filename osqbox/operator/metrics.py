@@ -8,15 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import trio
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from osqbox import __version__, feed, store
+from osqbox.certs.expiry import DAY_S, Expiry, expiries
+from osqbox.jobs.messages import State
 from osqbox.osquery import campaigns, logs, nodes
 from osqbox.osquery.nodes import Selector
 
 from .operations import operation
-from .parts import Parts
+from .parts import Jobs, Parts
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 STATUSES = ("active", "pending", "rejected")
@@ -47,7 +50,12 @@ def add(app: QuartTrio, parts: Parts) -> None:
     async def metrics() -> TrioResponse:
         """Everything counted, for Prometheus."""
         stored = await parts.store.read(_read)
-        return TrioResponse(render([*_of_box(parts, stored), *_of_listeners(parts.info())]), content_type=TEXT)
+        metrics = [*_of_box(parts, stored), *_of_listeners(parts.info())]
+        if parts.jobs is not None:
+            metrics += _of_jobs(parts.jobs, await parts.store.read(_job_states))
+        if parts.identity is not None:
+            metrics += _of_certificates(await trio.to_thread.run_sync(expiries, parts.identity), parts.clock.now())
+        return TrioResponse(render(metrics), content_type=TEXT)
 
 
 def _read(db: sqlite3.Connection) -> _Stored:
@@ -113,6 +121,32 @@ def _of_box(parts: Parts, stored: _Stored) -> Iterator[Metric]:
     yield Metric(
         "osqbox_feed_skipped_total", "counter", "Events that slow followers had to read again.", _one(heard.skipped)
     )
+
+
+def _job_states(db: sqlite3.Connection) -> dict[str, int]:
+    return dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+
+
+def _of_jobs(jobs: Jobs, states: Mapping[str, int]) -> Iterator[Metric]:
+    counted = jobs.statistics()
+    by_state = {state.value: states.get(state.value, 0) for state in State}
+    yield Metric("osqbox_jobs_running", "gauge", "Jobs that have not ended.", _one(counted.running))
+    yield Metric("osqbox_jobs", "gauge", "Jobs that are kept.", _by("state", by_state))
+    yield Metric("osqbox_job_followers", "gauge", "Readers of jobs' output.", _one(counted.followers))
+    yield Metric("osqbox_jobs_started_total", "counter", "Jobs started.", _one(counted.started))
+    yield Metric("osqbox_jobs_ended_total", "counter", "Jobs ended.", _one(counted.ended))
+    yield Metric("osqbox_jobs_refused_total", "counter", "Calls refused.", _by("reason", counted.refused))
+    yield Metric("osqbox_jobs_removed_total", "counter", "Jobs removed by retention.", _one(counted.removed))
+    yield Metric("osqbox_job_log_bytes", "gauge", "Output kept on disk.", _one(counted.log_bytes))
+
+
+def _of_certificates(certificates: Iterable[Expiry], now: float) -> Iterator[Metric]:
+    days = [
+        ({"kind": each.kind, "name": each.name, "serial": each.serial}, (each.not_after - now) / DAY_S)
+        for each in certificates
+    ]
+    text = "Days until a certificate ends; negative once it has."
+    yield Metric("osqbox_certificate_expiry_days", "gauge", text, days)
 
 
 _COUNTS: tuple[tuple[str, Literal["counter", "gauge"], str], ...] = (

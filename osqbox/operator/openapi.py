@@ -15,7 +15,7 @@ from quart_trio import QuartTrio
 
 from osqbox import __version__
 
-from .answers import JSON, Failure
+from .answers import EVENTS, JSON, Failure
 from .operations import operation_of
 
 _REF = "#/components/schemas/{name}"
@@ -63,10 +63,11 @@ class _Provider(OpenAPIProvider):
             for status, media in found.media.items():
                 content = described["responses"][status]["content"]
                 content[media] = content.pop(JSON)
-                if found.or_json is not None:
-                    schema, more = _schema(found.or_json)
-                    content[JSON] = {"schema": schema}
-                    components.update(more)
+                for kind, shape in ((JSON, found.or_json), (EVENTS, found.or_events)):
+                    if shape is not None:
+                        schema, more = _schema(shape)
+                        content[kind] = {"schema": schema}
+                        components.update(more)
             described["responses"]["default"] = {
                 "description": "Nothing was done",
                 "content": {JSON: {"schema": failure}},

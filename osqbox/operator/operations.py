@@ -45,9 +45,14 @@ class Operation:
     """Media type of each documented answer."""
     or_json: Any
     """Shape of the answer in JSON, where a parameter chooses between the two; else None."""
+    or_events: Any
+    """Shape of an event, where the Accept header chooses between the two; else None."""
     takes_text: bool
     is_open: bool
     """Answered without a token."""
+    takes_basic: bool = False
+    """For programs that know only Basic: the token may be the password. Such a GET is guarded like a change, because
+    browsers send what they once asked for along with every page's requests."""
 
 
 def operation(
@@ -56,16 +61,19 @@ def operation(
     status: int = 200,
     media: str = JSON,
     or_json: Any = None,
+    or_events: Any = None,
     query: type[Query] | None = None,
     body: type[Body] | None = None,
     takes_text: bool = False,
     is_open: bool = False,
+    takes_basic: bool = False,
     also: dict[int, Any] | None = None,
 ) -> Callable[[Handler], Handler]:
     """Parses ``query`` and ``body`` and hands them to the handler under these names.
 
     ``answer`` is the shape of the answer, of one line or event of it when ``media`` is a stream; ``also`` are other
-    statuses that are no failure, and ``or_json`` is the shape when a parameter turns a stream into one JSON answer.
+    statuses that are no failure, ``or_json`` is the shape when a parameter turns a stream into one JSON answer, and
+    ``or_events`` that of an event for who accepts events only.
     With ``takes_text`` the body is plain text and comes as ``text``.
     """
 
@@ -88,7 +96,7 @@ def operation(
         answers = {status: answer, **(also or {})}
         for code, shape in answers.items():
             document_response(shape, code)(run)
-        run.operation = Operation(dict.fromkeys(answers, media), or_json, takes_text, is_open)  # type: ignore[attr-defined]
+        run.operation = Operation(dict.fromkeys(answers, media), or_json, or_events, takes_text, is_open, takes_basic)  # type: ignore[attr-defined]
         return run
 
     return decorate
