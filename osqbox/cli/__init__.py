@@ -29,7 +29,12 @@ VERBS = {
     "carves": "files carved from hosts",
     "yara": "YARA rules that hosts fetch",
     "tenants": "tenants and their enroll secrets",
+    "job": "run Linux processes: start, follow, stop, list",
+    "shell": "a terminal on an agent: open, list, watch, replay, kill",
+    "job": "run processes on this machine and follow them: run, status, output, stop, ...",
+    "audit": "who did what to shells and jobs",
     "certs": "the CA and its certificates: show, issue, renew, revoke",
+    "audit": "who did what to shells, jobs and certificates",
     "agent": "run an osquery agent for this machine or a pretended one, in 0..n instances",
     "swarm": "thousands of agents in one process, against any osquery server",
     "osqueryd": "a stand-in for the osqueryd program",
@@ -63,10 +68,10 @@ def program() -> None:
     """Everything around an endpoint agent, in one process you can start in a second."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, command: click.Command = program, name: str = "osqbox") -> int:
     """Run one verb; returns the exit code. Errors say what was expected, what came, and what to type next."""
     try:
-        code = program.main(argv, prog_name="osqbox", standalone_mode=False)
+        code = command.main(argv, prog_name=name, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -76,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         wrong.show()
         return wrong.exit_code
     except UserError as error:
-        _tell(error)
+        _tell(error, name)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -85,11 +90,11 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
-def _tell(error: UserError) -> None:
+def _tell(error: UserError, name: str) -> None:
     """An error may quote what an agent or a server said, so nothing of it may steer the terminal."""
     from osqbox.cli.output import printable
 
-    lines = [f"osqbox: {error}", *([f"try: {error.hint}"] if error.hint else [])]
+    lines = [f"{name}: {error}", *([f"try: {error.hint}"] if error.hint else [])]
     print("\n".join(printable(line) for text in lines for line in as_called(text).split("\n")), file=sys.stderr)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from osqbox.cli.control import control_of, control_options
 from osqbox.cli.find import Where, box_options
 from osqbox.cli.output import F, json_option, print_json, print_json_line, print_table, printable, tell
 from osqbox.errors import BadUsage, OsqboxError
@@ -35,6 +36,9 @@ _TOLD = {
     "connected": "connected, pid {pid}",
     "ended": "ended: {reason}",
     "removed": "removed",
+    "shells_refused": "no remote shells: {reason}",
+    "shell_started": "shell {session}: {shell} as {user}",
+    "shell_ended": "shell {session} ended: {reason}",
 }
 _LAZY = {"capture": ("osqbox.cli.agent_capture", "Make a host profile from this machine.")}
 
@@ -88,6 +92,7 @@ def root_option(function: F) -> F:
 @click.option("--in-process", is_flag=True, help="Instances as tasks of this process instead of processes.")
 @click.option("--shared-client", is_flag=True, help="One HTTPS client for all instances instead of one each.")
 @root_option
+@control_options
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines.")
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, **options: Any) -> int:
@@ -119,6 +124,7 @@ def _run_one(as_json: bool, options: Mapping[str, Any]) -> int:
     from osqbox.agent.runner import AgentOptions, run_agent
     from osqbox.agent.sql import Engine
 
+    control = control_of(options)
     server, found = _server(options)
     secret = options["enroll_secret"] or (found.ready.get("enroll_secret") if found else None)
     machine = _pretended(options)
@@ -131,6 +137,7 @@ def _run_one(as_json: bool, options: Mapping[str, Any]) -> int:
         hostname=machine.hostname if machine else None,
         uuid=machine.uuid if machine else None,
         platform_type=machine.platform_type if machine else LINUX,
+        control=control,
     )
     told = partial(_teller(as_json), "")
     tables, engine = (machine.tables, Engine(schema=machine.schema)) if machine else (None, None)
@@ -175,6 +182,8 @@ def _pretended(options: Mapping[str, Any]) -> Machine | None:
 def _run_instances(as_json: bool, options: Mapping[str, Any]) -> int:
     from osqbox.agent.instances.options import RunnerOptions
 
+    if control_of(options) is not None:
+        raise BadUsage("--control goes without --instances", hint="osqbox agent --control")
     if options["state"]:
         raise BadUsage("--state goes without --instances", hint="osqbox agent --instances NAME,... --root DIR")
     program: Sequence[str] = ()

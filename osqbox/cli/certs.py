@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from osqbox.clock import SystemClock, rfc3339
+from osqbox.errors import BadUsage
 
+from .find import Where, box_options
 from .output import json_option, print_json, printable, tell
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from osqbox.certs import CertificateFacts, Identity
 
+LEAF_DAYS = 397
 _PATH = click.Path(path_type=Path)
 
 
@@ -76,7 +79,6 @@ def _identity(
     directory: Path, tls_cert: Path | None, tls_key: Path | None, client_ca: Path | None, now: float
 ) -> Identity:
     from osqbox.certs import Identity, existing_identity
-    from osqbox.errors import BadUsage
 
     if tls_cert is None and tls_key is None and client_ca is None:
         return existing_identity(directory)
@@ -92,7 +94,8 @@ def _identity(
 @click.option(
     "--principal", "principals", multiple=True, help="A user it may run jobs as; repeatable, first is default."
 )
-@click.option("--days", type=int, default=397, show_default=True, help="How long it is valid.")
+@click.option("--days", type=float, help="How long it is valid. Default: 397.")
+@click.option("--hours", type=float, help="The same in hours.")
 @click.option("--out", type=_PATH, metavar="DIR", help="Write there, with a copy of the CA, not to DIR/clients.")
 @_certs_option
 @json_option
@@ -101,12 +104,17 @@ def client(
     tenant: str,
     roles: tuple[str, ...],
     principals: tuple[str, ...],
-    days: int,
+    days: float | None,
+    hours: float | None,
     out: Path | None,
     directory: Path,
     as_json: bool,
 ) -> None:
-    """Issue a client certificate to NAME; prints where it, its key and the CA to trust are."""
+    """Issue a client certificate to NAME; prints where it, its key and the CA to trust are.
+
+    Without a role it may run jobs and own them; roles are runner, viewer, operator and admin. Without a principal
+    its jobs run as the server's own user.
+    """
     from osqbox.certs import issue_client
 
     cert, key, ca = issue_client(
@@ -115,7 +123,7 @@ def client(
         tenant=tenant,
         roles=roles,
         principals=principals,
-        days=days,
+        days=_days(days, hours, otherwise=LEAF_DAYS),
         out=out,
         now=SystemClock().now(),
     )
@@ -125,6 +133,56 @@ def client(
         return
     for word, path in paths.items():
         click.echo(f"{word:4} {path}")
+
+
+def _days(days: float | None, hours: float | None, *, otherwise: float) -> float:
+    if days is not None and hours is not None:
+        raise BadUsage("expected --days or --hours, got both")
+    return otherwise if days is hours is None else days if days is not None else (hours or 0) / 24
+
+
+@command.command()
+@click.argument("name")
+@click.option("--tenant", default="default", show_default=True, help="The tenant the client belongs to.")
+@click.option("--role", "roles", multiple=True, help="A role of the certificate; repeatable.")
+@click.option("--principal", "principals", multiple=True, help="A user it may run jobs as; repeatable.")
+@click.option("--days", type=float, help="How long the certificate is valid. Default: 1.")
+@click.option("--hours", type=float, help="The same in hours.")
+@click.option("--ttl", "ttl_min", type=float, default=15, show_default=True, help="Minutes to use the token in.")
+@json_option
+@box_options
+def token(
+    name: str,
+    tenant: str,
+    roles: tuple[str, ...],
+    principals: tuple[str, ...],
+    days: float | None,
+    hours: float | None,
+    ttl_min: float,
+    as_json: bool,
+    box: Where,
+) -> None:
+    """Make a one-time token, with which NAME gets a certificate for a key that never leaves its machine.
+
+    It is shown only now: the box keeps its digest. `cmdctl login` uses it up.
+    """
+    from osqbox.cli.jobs_login import login_token
+
+    order = {
+        "name": name,
+        "tenant": tenant,
+        "roles": roles,
+        "principals": principals,
+        "valid_s": _days(days, hours, otherwise=1) * 86_400,
+        "ttl_s": ttl_min * 60,
+    }
+    found = box.find()
+    made = found.client.post("certificates/tokens", order)
+    made["token"] = login_token(found.ready, made["token"])
+    if as_json:
+        print_json(made)
+    else:
+        click.echo(made["token"])
 
 
 @command.command()

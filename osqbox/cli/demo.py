@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import trio
 
     from osqbox.box import Box
+    from osqbox.jobs.messages import Caller
+    from osqbox.jobs.runner import JobRunner
 
 ENROLL_WAIT_S = 10.0
 
@@ -23,21 +25,25 @@ ENROLL_WAIT_S = 10.0
 @click.command()
 @serve_options
 def command(**options: Any) -> int:
-    """Run a throw-away box, enroll this machine into it over real TLS, and give it a schedule.
+    """Run a throw-away box with this machine in it: enrolled over real TLS, with a schedule, a job, and shells on.
 
-    Ready means that this machine has enrolled: `osqbox query "select pid, name from processes"` answers.
+    Ready means that this machine has enrolled: `osqbox query "select pid, name from processes"` answers, and
+    `osqbox shell NODE` opens a real shell on it, for you alone: with the token of this box, on the loopback.
     """
     if not options["configs"]:
         options["configs"] = (_demo_config(),)
+    options["control"] = True
 
     async def body(box: Box, announce: Callable[[], None]) -> int:
         import trio
 
         async with trio.open_nursery() as nursery:
-            await nursery.start(run_local_agents, box, 1)
+            await nursery.start(partial(run_local_agents, shells=True), box, 1)
             announce()
+            if box.job_runner:
+                nursery.start_soon(_run_job, box, box.job_runner)
             if sys.stdout.isatty() and not options["as_json"]:
-                print(as_called('this machine is enrolled:  osqbox query "select pid, name from processes limit 5"'))
+                _tell_what_to_try()
             await box.stopping.wait()
             nursery.cancel_scope.cancel()
         return 0
@@ -46,19 +52,59 @@ def command(**options: Any) -> int:
     return run_box(options, ephemeral=ephemeral, body=body)
 
 
+def _tell_what_to_try() -> None:
+    from osqbox.agent.tables.system import machine_hostname
+
+    for what, line in (
+        ("this machine is enrolled", 'osqbox query "select pid, name from processes limit 5"'),
+        ("a shell on it", f"osqbox shell {machine_hostname()}"),
+        ("a job that runs", "osqbox job list"),
+    ):
+        print(as_called(f"{what + ':':<26} {line}"))
+
+
+async def _run_job(box: Box, runner: JobRunner) -> None:
+    """Something to list, follow and stop; it belongs to the certificate that `osqbox job` comes with."""
+    from osqbox.jobs.errors import JobError
+    from osqbox.jobs.messages import JobSpec
+
+    script = b"while :; do uptime 2>/dev/null || date; sleep 5; done"
+    try:
+        await runner.run(JobSpec(b"/bin/sh", (b"-c", script), labels={"demo": "uptime"}), _own_caller(box))
+    except JobError as error:
+        print(f"osqbox: no demo job: {error.message}", file=sys.stderr)
+
+
+def _own_caller(box: Box) -> Caller:
+    import ssl
+
+    from osqbox.jobs.access import OPERATOR
+    from osqbox.jobs.messages import Caller
+    from osqbox.listen.tls import certificate_authority
+
+    if box.identity.client_cert is None:
+        return OPERATOR
+    der = ssl.PEM_cert_to_DER_cert(box.identity.client_cert.read_text())
+    return Caller("default/client", certificate_authority(der) or "", frozenset(("runner",)))
+
+
 def _demo_config() -> Any:
     from osqbox.schema import fixture_path
 
     return fixture_path("configs/demo.yaml")
 
 
-async def run_local_agents(box: Box, count: int, *, task_status: trio.TaskStatus[None]) -> None:
-    """Agents of this machine enrolled into ``box``; started when all have enrolled, at most after ENROLL_WAIT_S."""
+async def run_local_agents(box: Box, count: int, *, shells: bool = False, task_status: trio.TaskStatus[None]) -> None:
+    """Agents of this machine enrolled into ``box``; started when all have enrolled, at most after ENROLL_WAIT_S.
+
+    With ``shells`` they give real shells of this machine.
+    """
     from pathlib import Path
 
     import trio
 
     from osqbox.agent.runner import AgentOptions, run_agent
+    from osqbox.agent.shell.control import ControlOptions
 
     ready = box.ready()
     enrolled = trio.Semaphore(0)
@@ -76,6 +122,7 @@ async def run_local_agents(box: Box, count: int, *, task_status: trio.TaskStatus
                 distributed_interval=1,
                 host_identifier="hostname" if count == 1 else "specified",
                 specified_identifier=f"agent-{index + 1}",
+                control=ControlOptions(real=True) if shells else None,
             )
             nursery.start_soon(partial(run_agent, agent, on_event=on_event))
         with trio.move_on_after(ENROLL_WAIT_S):

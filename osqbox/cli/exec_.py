@@ -38,6 +38,7 @@ def command(cmd: tuple[str, ...], agents: int, **options: Any) -> int:
         raise BadUsage(f"exec: no program {cmd[0]!r} on PATH", hint="osqbox exec -- PROGRAM ARG...")
     options["agents_port"] = options["agents_port"] or 0
     options["operator_port"] = options["operator_port"] or 0
+    options["jobs_port"] = options["jobs_port"] or 0
     options["quiet"] = True
 
     async def body(box: Box, announce: Callable[[], None]) -> int:

@@ -32,7 +32,16 @@ def serve_options(command: F) -> F:
         click.option("--agents-port", type=click.IntRange(0, 65535), help="Default 8443; 0 takes any free port."),
         click.option("--operator-port", type=click.IntRange(0, 65535), help="Default 8080; 0 takes any free port."),
         click.option("--comms-port", type=click.IntRange(0, 65535), help="Accepted for the listener to come."),
-        click.option("--jobs-port", type=click.IntRange(0, 65535), help="Accepted for the listener to come."),
+        click.option("--jobs-port", type=click.IntRange(0, 65535), help="Default 9090; any free port where 0, "
+                     "or where both other ports are 0."),
+        click.option("--jobs/--no-jobs", "jobs", default=True, help="The job runner (gRPC with client certificates)."),
+        click.option("--jobs-user", metavar="USER", help="Run jobs as this unix user (needs root)."),
+        click.option("--control", is_flag=True, help="The shell broker: operators may open shells on willing agents."),
+        click.option("--shell-idle", type=click.FloatRange(1), default=900.0, metavar="SECONDS", show_default=True,
+                     help="End a shell that is silent so long."),
+        click.option("--shell-max", type=click.FloatRange(1), default=28800.0, metavar="SECONDS", show_default=True,
+                     help="End a shell after so long."),
+        click.option("--record/--no-record", default=True, help="Record shells. Default: yes."),
         click.option("--ready-file", type=PATH, help="Write the ready object here, once ready."),
         click.option("--enroll-secret", help="The default tenant's secret (visible to other users of this machine)."),
         click.option("--enroll-secret-file", type=PATH, help="The same from a file."),
@@ -60,11 +69,13 @@ def serve_options(command: F) -> F:
 
 def settings_from(options: dict[str, Any], data: Path, *, ephemeral: bool) -> Settings:
     """Settings from the shared flags. Raises BadSetup."""
-    from osqbox.settings import MIB, Bounds, Retention
+    from osqbox.settings import MIB, Bounds, JobSettings, Retention, ShellSettings
+
+    all_free = options["agents_port"] == options["operator_port"] == 0
 
     def port(name: str, otherwise: int) -> int:
         given: int | None = options[name]
-        return otherwise if given is None else given
+        return (0 if all_free else otherwise) if given is None else given
 
     return Settings(
         data_dir=data,
@@ -82,6 +93,10 @@ def settings_from(options: dict[str, Any], data: Path, *, ephemeral: bool) -> Se
         client_ca=options["client_ca"],
         config_files=tuple(path.absolute() for path in options["configs"]),
         enroll_secret=_secret(options),
+        jobs=JobSettings(options["host"], port("jobs_port", 9090), options["jobs_user"]) if options["jobs"] else None,
+        shells=(
+            ShellSettings(options["shell_idle"], options["shell_max"], options["record"]) if options["control"] else None
+        ),
         approve=options["approve"],
         open_tenant=options["open_enrollment"],
         cert_enrollment=options["cert_enrollment"],

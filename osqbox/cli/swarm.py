@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from osqbox.cli.control import control_of, scripted_options
 from osqbox.cli.find import Where, box_options
 from osqbox.cli.output import print_facts, tell
 from osqbox.errors import BadSetup, BadUsage, OsqboxError, VerdictFailed
@@ -101,6 +102,7 @@ _reports = _options(
 @_how_many
 @_what
 @_trouble
+@scripted_options
 @_reports
 @box_options
 def command(box: Where, fail_if: tuple[str, ...], **given: Any) -> int:
@@ -180,6 +182,7 @@ def _plan(given: dict[str, Any]) -> SwarmPlan:
         ),
         stop_if=tuple(p.read_threshold(text) for text in stop_if),
         flags=dict(_flag(text) for text in given["flags"]),
+        control=control_of(given),
     )
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -174,3 +178,42 @@ def run() -> Run:
         return result
 
     return run
+
+
+@dataclass(frozen=True)
+class JobsBox:
+    """A real box of its own that runs jobs."""
+
+    home: Path
+    """OSQBOX_HOME of whoever is to find it."""
+    certs: Path
+    ready: dict[str, Any]
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OSQBOX_", "CMDCTL_"))}
+        return {**kept, "OSQBOX_HOME": str(self.home), "XDG_CONFIG_HOME": str(self.home / "config")}
+
+
+def start_jobs_box(home: Path, *options: str) -> tuple[subprocess.Popen[bytes], JobsBox]:
+    """As `osqbox serve` with every port free to choose; waits until it is ready."""
+    ready_file, certs = home / "ready.json", home / "certs"
+    ready_file.unlink(missing_ok=True)
+    ports = [word for name in ("agents", "operator", "jobs") for word in (f"--{name}-port", "0")]
+    words = ["serve", "--quiet", "--certs", str(certs), "--ready-file", str(ready_file), *ports, *options]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "osqbox", *words], env={**os.environ, "OSQBOX_HOME": str(home)}, cwd=home
+    )
+    deadline = time.monotonic() + 20
+    while not ready_file.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process, JobsBox(home, certs, json.loads(ready_file.read_text()))
+
+
+@pytest.fixture(scope="session")
+def jobs_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsBox]:
+    process, box = start_jobs_box(tmp_path_factory.mktemp("jobs-box"), "--ephemeral")
+    yield box
+    process.terminate()
+    assert process.wait(20) == 0

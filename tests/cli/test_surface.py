@@ -19,7 +19,21 @@ from osqbox.cli import program
 
 GOLDEN = Path(__file__).with_name("golden") / "surface.txt"
 VERBS = (
-    *("agent", "carves", "certs", "config", "demo", "doctor", "env", "exec", "flags", "logs", "nodes", "query"),
+    *(
+        "agent",
+        "audit",
+        "carves",
+        "certs",
+        "config",
+        "demo",
+        "doctor",
+        "env",
+        "exec",
+        "flags",
+        "logs",
+        "nodes",
+        "query",
+    ),
     *("serve", "status", "stop", "swarm", "tenants", "wait", "yara"),
 )
 
