@@ -79,7 +79,7 @@ def record(
     **data: Any,
 ) -> None:
     """Append a row in this transaction, so it exists exactly if what it tells of does."""
-    seq, chain = _last(tx.db)
+    seq, chain = last(tx.db)
     serial_text = None if serial is None else f"{serial:x}"
     row = (seq + 1, tx.now, tenant, actor, serial_text, address, action, subject, result, _canonical(data))
     tx.db.execute("INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)", (*row, _link(chain, row)))
@@ -93,8 +93,12 @@ def rows(
     action: str | None = None,
     actor: str | None = None,
     subject: str | None = None,
+    newest: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows in order as JSON objects; ``action`` may be a system's name, such as ``job``."""
+    """Rows in order as JSON objects; ``action`` may be a system's name, such as ``job``.
+
+    When there are more than ``limit``, the first so many, or with ``newest`` the last.
+    """
     where, values = ["seq > ?"], [after]
     for name, value in (("actor", actor), ("subject", subject)):
         if value is not None:
@@ -103,9 +107,11 @@ def rows(
     if action is not None:
         where.append("(action = ? OR substr(action, 1, length(?) + 1) = ? || '.')")
         values += [action, action, action]  # type: ignore[list-item]
-    found = db.execute(f"SELECT * FROM audit WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?", (*values, limit))
+    order = "seq DESC" if newest else "seq"
+    found = db.execute(f"SELECT * FROM audit WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?", (*values, limit))
     names = [column[0] for column in found.description]
-    return [_as_json(dict(zip(names, row, strict=True))) for row in found.fetchall()]
+    rows = [_as_json(dict(zip(names, row, strict=True))) for row in found.fetchall()]
+    return rows[::-1] if newest else rows
 
 
 def verify(db: sqlite3.Connection) -> Verdict:
@@ -121,15 +127,16 @@ def verify(db: sqlite3.Connection) -> Verdict:
 
 def prune(tx: Tx, keep_rows: int) -> int:
     """Remove the oldest rows beyond ``keep_rows``; returns how many."""
-    last, _ = _last(tx.db)
-    found = tx.db.execute("SELECT seq, chain FROM audit WHERE seq = ?", (last - keep_rows,)).fetchone()
+    newest, _ = last(tx.db)
+    found = tx.db.execute("SELECT seq, chain FROM audit WHERE seq = ?", (newest - keep_rows,)).fetchone()
     if found is None:
         return 0
     tx.db.execute("UPDATE audit_start SET seq = ?, chain = ?", found)
     return tx.db.execute("DELETE FROM audit WHERE seq <= ?", (found[0],)).rowcount
 
 
-def _last(db: sqlite3.Connection) -> tuple[int, str]:
+def last(db: sqlite3.Connection) -> tuple[int, str]:
+    """Number and chain of the newest row: where the chain ends."""
     found = db.execute("SELECT seq, chain FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
     found = found or db.execute("SELECT seq, chain FROM audit_start").fetchone()
     return int(found[0]), str(found[1])

@@ -13,13 +13,14 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import trio
 
-from osqbox import __version__, tenants
+from osqbox import __version__, audit, tenants
 from osqbox.certs import ensure_identity, revoked_serials
 from osqbox.clock import Clock, SystemClock, rfc3339
 from osqbox.door import Door
@@ -28,7 +29,24 @@ from osqbox.exchange import Peer
 from osqbox.feed import Feed
 from osqbox.flagfile import flagfile
 from osqbox.identity import Identity, Snapshot, snapshot
-from osqbox.listen import ASGIApp, Limits, Listener, rotate_certificate, server_context
+from osqbox.jobs.access import caller_of
+from osqbox.jobs.front import JobsFront, jobs_limits
+from osqbox.jobs.login import migrations as login_migrations
+from osqbox.jobs.messages import Caller
+from osqbox.jobs.routes import CertificateApi
+from osqbox.jobs.runner import JobRunner, open_runner
+from osqbox.jobs.tables import migrations as job_migrations
+from osqbox.jobs.users import unix_facts
+from osqbox.listen import (
+    ASGIApp,
+    Limits,
+    Listener,
+    agents_asgi,
+    current_peer,
+    refusal_of_certificate,
+    rotate_certificate,
+    server_context,
+)
 from osqbox.operator.app import Parts, make_app
 from osqbox.osquery import nodes
 from osqbox.osquery.launcher import LauncherApi
@@ -38,10 +56,22 @@ from osqbox.osquery.tables import migrations as osquery_migrations
 from osqbox.osquery.upkeep import Upkeep, load_config_files
 from osqbox.running import write_private
 from osqbox.settings import MIB, Settings
+from osqbox.shells.broker import Broker, open_broker
+from osqbox.shells.messages import ShellBounds
+from osqbox.shells.routes import ShellsApi
+from osqbox.shells.tables import migrations as shell_migrations
 from osqbox.store import Store, Tx, drops
 
 log = logging.getLogger(__name__)
 
+MIGRATIONS = (
+    tenants.migrations,
+    audit.migrations,
+    osquery_migrations,
+    login_migrations,
+    job_migrations,
+    shell_migrations,
+)
 IDENTITY_POLL_S = 1.0
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 ANYWHERE = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared, not bound
@@ -74,6 +104,8 @@ class Box:
     feed: Feed
     presence: Presence
     osquery: OsqueryApi
+    job_runner: JobRunner | None
+    broker: Broker | None
     token: str
     enroll_secret: str
     started_at: float
@@ -81,7 +113,9 @@ class Box:
     stopping: trio.Event = field(default_factory=trio.Event)
     agents: Listener = field(init=False)
     operator: Listener = field(init=False)
-    tls_context: ssl.SSLContext = field(init=False)
+    jobs: Listener | None = None
+    tls_contexts: list[ssl.SSLContext] = field(default_factory=list)
+    """Of the listeners with TLS: their certificates are rotated live."""
     _revoked: frozenset[int] = field(init=False)
     _identity_seen: Snapshot = field(init=False)
 
@@ -94,23 +128,29 @@ class Box:
         self.stopping.set()
         self.presence.stop()
 
+    @property
+    def listeners(self) -> list[Listener]:
+        return [self.agents, self.operator, *([self.jobs] if self.jobs else [])]
+
     def close_ports(self) -> None:
         """Free the ports at once; a host process may go on for long without this box."""
-        self.agents.stop_accepting()
-        self.operator.stop_accepting()
+        for listener in self.listeners:
+            listener.stop_accepting()
 
     def why_refused(self, peer: Peer) -> str | None:
-        """Asked for every connection and request: a revoked certificate is refused from the next request on."""
-        return "certificate_revoked" if peer.certificate_serial in self._revoked else None
+        """Asked for every connection and request, and of every open connection once a second."""
+        return refusal_of_certificate(peer, self._revoked, self.clock.now())
 
     async def watch_identity(self) -> None:
-        """Take over renewed certificates and new revocations without a restart."""
+        """Take over renewed certificates and new revocations without a restart; end what they no longer allow."""
         while True:
             await trio.sleep(IDENTITY_POLL_S)
             now = snapshot(self.identity)
             if now != self._identity_seen:
                 self._identity_seen = now
                 await self._reload_identity()
+            for listener in self.listeners:
+                listener.recheck()
 
     async def _reload_identity(self) -> None:
         """Each part by itself: a key that is newer than its certificate must not keep a revocation waiting."""
@@ -129,11 +169,13 @@ class Box:
             self._revoked = revoked_serials(self.identity)
 
     def _reload_server(self) -> None:
-        rotate_certificate(self.tls_context, self.identity.server_cert, self.identity.server_key)
+        for context in self.tls_contexts:
+            rotate_certificate(context, self.identity.server_cert, self.identity.server_key)
 
     def _reload_client_ca(self) -> None:
         if self.identity.client_ca and self.settings.client_auth != "off":
-            self.tls_context.load_verify_locations(self.identity.client_ca)
+            for context in self.tls_contexts:
+                context.load_verify_locations(self.identity.client_ca)
 
     def operator_hosts(self) -> frozenset[str]:
         """Values of the Host header that mean this listener."""
@@ -157,7 +199,7 @@ class Box:
             "agents": self.agents_url,
             "operator": self.operator_url,
             "comms": None,
-            "jobs": None,
+            "jobs": self.jobs and f"{_url_host(self.settings.host)}:{self.jobs.port}",
             "comms_socket": None,
             "token": self.token,
             "ca": _text(self.identity.ca),
@@ -179,10 +221,13 @@ class Box:
             "statistics": {
                 "agents": msgspec.to_builtins(self.agents.statistics()),
                 "operator": msgspec.to_builtins(self.operator.statistics()),
+                **({"jobs": msgspec.to_builtins(self.jobs.statistics())} if self.jobs else {}),
                 "store": msgspec.to_builtins(self.store.statistics()),
                 "feed": msgspec.to_builtins(self.feed.statistics()),
                 "presence": msgspec.to_builtins(self.presence.statistics()),
                 "osquery": self.osquery.statistics(),
+                **({"job_runner": msgspec.to_builtins(self.job_runner.statistics())} if self.job_runner else {}),
+                **({"shells": msgspec.to_builtins(self.broker.statistics())} if self.broker else {}),
             },
             "drops": self.store.peek(drops),
             "limits": {
@@ -213,13 +258,17 @@ async def open_box(settings: Settings, *, clock: Clock | None = None) -> AsyncIt
     identity = await trio.to_thread.run_sync(open_identity, settings, clock.now())
     async with _open_store(settings, clock) as store:
         files = await load_config_files(store, settings.config_files)
-        box = await _assemble(settings, clock, identity, store)
-        upkeep = Upkeep(store, box.presence, box.osquery, clock, settings.retention, files)
-        try:
-            async with _serving(box, upkeep):
-                yield box
-        finally:
-            box.close_ports()
+        async with (
+            _open_job_runner(settings, clock, store) as job_runner,
+            _open_broker(settings, clock, store) as broker,
+        ):
+            box = await _assemble(settings, clock, identity, store, job_runner, broker)
+            upkeep = Upkeep(store, box.presence, box.osquery, clock, settings.retention, files)
+            try:
+                async with _serving(box, upkeep):
+                    yield box
+            finally:
+                box.close_ports()
 
 
 def open_identity(settings: Settings, now: float) -> Identity:
@@ -246,8 +295,7 @@ def _check_exposure(settings: Settings) -> None:
 
 @asynccontextmanager
 async def _open_store(settings: Settings, clock: Clock) -> AsyncIterator[Store]:
-    migrations = (tenants.migrations, osquery_migrations)
-    store = Store.open(settings.data_dir / "osqbox.db", migrations, clock, Feed())
+    store = Store.open(settings.data_dir / "osqbox.db", MIGRATIONS, clock, Feed())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.writer)
         try:
@@ -256,7 +304,38 @@ async def _open_store(settings: Settings, clock: Clock) -> AsyncIterator[Store]:
             await store.aclose()
 
 
-async def _assemble(settings: Settings, clock: Clock, identity: Identity, store: Store) -> Box:
+@asynccontextmanager
+async def _open_job_runner(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[JobRunner | None]:
+    """Jobs outlive the box, unless its data directory does not."""
+    if settings.jobs is None:
+        yield None
+        return
+    directory = settings.data_dir / "jobs"
+    unix = unix_facts(settings.jobs.user)
+    async with open_runner(store, directory, clock, unix=unix, stop_jobs=settings.ephemeral) as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def _open_broker(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Broker | None]:
+    if settings.shells is None:
+        yield None
+        return
+    bounds = ShellBounds(hold_s=settings.read_hold_s, idle_s=settings.shells.idle_s, max_s=settings.shells.max_s)
+    async with open_broker(
+        store, settings.data_dir / "shells", clock, bounds, new_id=new_id, new_key=new_key
+    ) as broker:
+        yield broker
+
+
+async def _assemble(
+    settings: Settings,
+    clock: Clock,
+    identity: Identity,
+    store: Store,
+    job_runner: JobRunner | None,
+    broker: Broker | None,
+) -> Box:
     """Everything bound and prepared, nothing serving yet."""
     secret = settings.enroll_secret or identity.enroll_secret()
     await store.write(lambda tx: _prepare_default_tenant(tx, settings, secret))
@@ -266,12 +345,17 @@ async def _assemble(settings: Settings, clock: Clock, identity: Identity, store:
         store, presence, clock, settings.bounds, read_hold_s=settings.read_hold_s, new_key=new_key, new_id=new_id
     )
     token = settings.token or new_key()
-    box = Box(settings, clock, identity, store, store.feed, presence, osquery, token, secret, clock.now())
+    box = Box(
+        settings, clock, identity, store, store.feed, presence, osquery, job_runner, broker, token, secret, clock.now()
+    )
     box.agents = _agents_listener(box)
     box.operator = _operator_listener(box)
     try:
         await box.agents.bind(settings.host, settings.agents_port)
         await box.operator.bind(settings.operator_host, settings.operator_port)
+        if settings.jobs and job_runner:
+            box.jobs = _jobs_listener(box, job_runner)
+            await box.jobs.bind(settings.jobs.host, settings.jobs.port)
         _write_handouts(box)
     except BaseException:
         box.close_ports()
@@ -303,20 +387,71 @@ def _agents_listener(box: Box) -> Listener:
     minimum = TLS_VERSIONS.get(settings.agents_tls_min)
     if minimum is None:
         raise BadSetup(f"--agents-tls-min: expected one of {', '.join(TLS_VERSIONS)}, got {settings.agents_tls_min}")
-    box.tls_context = server_context(
+    context = server_context(
         identity.server_cert,
         identity.server_key,
         client_ca_file=identity.client_ca,
         client_auth=settings.client_auth,
         minimum=minimum,
     )
+    box.tls_contexts.append(context)
+    shells = ShellsApi(box.broker, partial(_shell_node, box.osquery)) if box.broker else None
+    handler = Door(
+        box.osquery, LauncherApi(box.osquery, settings.bounds), _certificates(box), *([shells] if shells else [])
+    )
     return Listener(
         "agents",
-        ssl_context=box.tls_context,
-        handler=Door(box.osquery, LauncherApi(box.osquery, settings.bounds)),
+        ssl_context=context,
+        handler=handler,
+        app=agents_asgi(handler, websocket_app=cast("ASGIApp", shells.join)) if shells else None,
         on_event=box.osquery.count_refused,
         check_peer=box.why_refused,
     )
+
+
+def _shell_node(osquery: OsqueryApi, node_key: str, peer: Peer) -> tuple[str, str, str]:
+    node = osquery.authenticate(node_key, peer)
+    return node.id, node.tenant, node.hostname
+
+
+def _certificates(box: Box) -> CertificateApi:
+    identity = box.identity
+    directory = identity.directory if identity.client_ca_key else None
+    return CertificateApi(
+        box.store,
+        box.clock,
+        directory,
+        ca=lambda: identity.ca.read_bytes() if identity.ca else b"",
+        jobs=lambda: box.ready()["jobs"],
+    )
+
+
+def _jobs_listener(box: Box, runner: JobRunner) -> Listener:
+    """TLS 1.3 alone, and nobody without a certificate of the client CA."""
+    identity = box.identity
+    context = server_context(
+        identity.server_cert,
+        identity.server_key,
+        client_ca_file=identity.client_ca,
+        client_auth="required",
+        minimum=ssl.TLSVersion.TLSv1_3,
+        resumption=False,
+    )
+    box.tls_contexts.append(context)
+    return Listener(
+        "jobs",
+        ssl_context=context,
+        app=cast("ASGIApp", JobsFront(runner, caller=_caller, stopping=box.stopping)),
+        limits=jobs_limits(),
+        check_peer=box.why_refused,
+    )
+
+
+def _caller() -> Caller:
+    """Whose certificate the current request came with."""
+    peer = current_peer()
+    assert peer is not None
+    return caller_of(peer)
 
 
 def _operator_listener(box: Box) -> Listener:
@@ -334,6 +469,9 @@ def _operator_listener(box: Box) -> Listener:
         allowed_hosts=box.operator_hosts,
         new_id=new_id,
         new_key=new_key,
+        shells=box.broker,
+        jobs=box.job_runner,
+        identity=box.identity,
     )
     # Hypercorn's own types name more kinds of messages than ASGI has; ours say only that they are mappings.
     # The app's own limit is lower, and answers in the API's words.
@@ -352,8 +490,8 @@ async def _serving(box: Box, upkeep: Upkeep) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(upkeep.run)
         nursery.start_soon(box.watch_identity)
-        await nursery.start(box.agents.run)
-        await nursery.start(box.operator.run)
+        for listener in box.listeners:
+            await nursery.start(listener.run)
         box.is_ready = True
         try:
             yield
@@ -361,8 +499,10 @@ async def _serving(box: Box, upkeep: Upkeep) -> AsyncIterator[None]:
             box.is_ready = False
             box.stop()
             with trio.CancelScope(shield=True):
+                if box.broker:
+                    await box.broker.stop()  # while there is still somebody to carry its goodbyes
                 async with trio.open_nursery() as draining:
-                    draining.start_soon(box.agents.drain)
-                    draining.start_soon(box.operator.drain)
+                    for listener in box.listeners:
+                        draining.start_soon(listener.drain)
                 await upkeep.flush()
             nursery.cancel_scope.cancel()

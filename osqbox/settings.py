@@ -66,6 +66,26 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class JobSettings:
+    """What the job runner is told."""
+
+    host: str = "localhost"
+    port: int = 9090
+    user: str | None = None
+    """Unix user of jobs whose certificate names no principal; None is the box's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShellSettings:
+    """What the shell broker is told; without these settings there is none, and its paths do not exist."""
+
+    idle_s: float = 900.0
+    """A session without input or output this long ends."""
+    max_s: float = 8 * 3600.0
+    record: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     data_dir: Path
     certs_dir: Path
@@ -90,6 +110,10 @@ class Settings:
     """The default tenant enrolls by TLS client certificate alone."""
     open_tenant: bool = False
     """The default tenant enrolls without a secret."""
+    jobs: JobSettings | None = None
+    """None: no job runner."""
+    shells: ShellSettings | None = None
+    """``serve --control``. None: no shell broker."""
     token: str | None = None
     """The operator token; None makes one."""
     ephemeral: bool = False

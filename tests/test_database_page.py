@@ -11,10 +11,9 @@ from pathlib import Path
 
 import trio
 
-from osqbox import tenants
+from osqbox.box import MIGRATIONS
 from osqbox.clock import SystemClock
 from osqbox.feed import Feed
-from osqbox.osquery.tables import migrations
 from osqbox.store import Store
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "database.md"
@@ -30,7 +29,7 @@ Retention drops what is beyond its bounds, oldest first, and counts it in `store
 
 
 async def make_database(path: Path) -> None:
-    store = Store.open(path, (tenants.migrations, migrations), SystemClock(), Feed())
+    store = Store.open(path, MIGRATIONS, SystemClock(), Feed())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.writer)
         await store.aclose()

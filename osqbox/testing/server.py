@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import trio
 
 from osqbox.box import Box, open_box
-from osqbox.settings import Settings
+from osqbox.settings import JobSettings, Settings
 
 T = TypeVar("T")
 
@@ -31,6 +31,7 @@ class OsqboxServer:
             certs_dir=settings.pop("certs_dir", directory / "certs"),
             agents_port=settings.pop("agents_port", 0),
             operator_port=settings.pop("operator_port", 0),
+            jobs=settings.pop("jobs", JobSettings(port=0)),
             ephemeral=True,
             **settings,
         )
