@@ -30,6 +30,7 @@ from osqbox.feed import Feed
 from osqbox.flagfile import flagfile
 from osqbox.identity import Identity, Snapshot, snapshot
 from osqbox.jobs.access import caller_of
+from osqbox.jobs.errors import JobError
 from osqbox.jobs.front import JobsFront, jobs_limits
 from osqbox.jobs.login import migrations as login_migrations
 from osqbox.jobs.messages import Caller
@@ -54,6 +55,7 @@ from osqbox.osquery.presence import Presence
 from osqbox.osquery.routes import OsqueryApi
 from osqbox.osquery.tables import migrations as osquery_migrations
 from osqbox.osquery.upkeep import Upkeep, load_config_files
+from osqbox.refusals import Refusals
 from osqbox.running import write_private
 from osqbox.settings import MIB, Settings
 from osqbox.shells.broker import Broker, open_broker
@@ -72,7 +74,7 @@ MIGRATIONS = (
     job_migrations,
     shell_migrations,
 )
-IDENTITY_POLL_S = 1.0
+IDENTITY_POLL_S = 0.5
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 ANYWHERE = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared, not bound
 TLS_VERSIONS = {
@@ -116,10 +118,12 @@ class Box:
     jobs: Listener | None = None
     tls_contexts: list[ssl.SSLContext] = field(default_factory=list)
     """Of the listeners with TLS: their certificates are rotated live."""
+    refusals: Refusals = field(init=False)
     _revoked: frozenset[int] = field(init=False)
     _identity_seen: Snapshot = field(init=False)
 
     def __post_init__(self) -> None:
+        self.refusals = Refusals(self.store)
         self._identity_seen = snapshot(self.identity)
         self._revoked = revoked_serials(self.identity) if self.identity.crl else frozenset()
 
@@ -138,7 +142,7 @@ class Box:
             listener.stop_accepting()
 
     def why_refused(self, peer: Peer) -> str | None:
-        """Asked for every connection and request, and of every open connection once a second."""
+        """Asked for every connection and request, and of every open connection at each look at the identity."""
         return refusal_of_certificate(peer, self._revoked, self.clock.now())
 
     async def watch_identity(self) -> None:
@@ -406,6 +410,7 @@ def _agents_listener(box: Box) -> Listener:
         app=agents_asgi(handler, websocket_app=cast("ASGIApp", shells.join)) if shells else None,
         on_event=box.osquery.count_refused,
         check_peer=box.why_refused,
+        on_refused_peer=partial(box.refusals.note, "agents"),
     )
 
 
@@ -441,17 +446,22 @@ def _jobs_listener(box: Box, runner: JobRunner) -> Listener:
     return Listener(
         "jobs",
         ssl_context=context,
-        app=cast("ASGIApp", JobsFront(runner, caller=_caller, stopping=box.stopping)),
+        app=cast("ASGIApp", JobsFront(runner, caller=partial(_caller, box), stopping=box.stopping)),
         limits=jobs_limits(),
         check_peer=box.why_refused,
+        on_refused_peer=partial(box.refusals.note, "jobs"),
     )
 
 
-def _caller() -> Caller:
-    """Whose certificate the current request came with."""
+def _caller(box: Box) -> Caller:
+    """Whose certificate the current request came with; JobError, and a row in the audit, if it is nobody's."""
     peer = current_peer()
     assert peer is not None
-    return caller_of(peer)
+    try:
+        return caller_of(peer)
+    except JobError as error:
+        box.refusals.note("jobs", peer, error.reason)
+        raise
 
 
 def _operator_listener(box: Box) -> Listener:
@@ -490,6 +500,7 @@ async def _serving(box: Box, upkeep: Upkeep) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(upkeep.run)
         nursery.start_soon(box.watch_identity)
+        nursery.start_soon(box.refusals.run)
         for listener in box.listeners:
             await nursery.start(listener.run)
         box.is_ready = True

@@ -183,6 +183,9 @@ def ephemeral_data_dir() -> Iterator[Path]:
 
 
 def _sweep(directory: Path) -> None:
+    from osqbox.jobs.orphans import end_jobs
+
     with suppress(OSError), (directory / OWNER).open("r+") as file:
         if _lock(file):
+            end_jobs(directory / "jobs")
             shutil.rmtree(directory, ignore_errors=True)

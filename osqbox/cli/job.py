@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def _find(options: Mapping[str, Any]) -> Target:
-    from osqbox.cli.jobs_connection import box_target
+    from osqbox.cli.jobs_connection import box_target, whole
 
-    return box_target(Where(options.get("url"), options.get("token"), options.get("data")))
+    return whole(box_target(Where(options.get("url"), options.get("token"), options.get("data"))))
 
 
 FRONT = Front(

@@ -101,11 +101,12 @@ def connect(dialer: Dialer, reconnect_s: float) -> JobClient:
 
 
 def box_target(where: Where) -> Target:
-    """The jobs listener of a box with the certificate of its own first client. Raises UserError."""
+    """The jobs listener of a box, with the certificate of its first client if it made one. Raises UserError."""
     ready = where.find().ready
     if not ready.get("jobs"):
         raise BadSetup("this box does not run jobs", hint="osqbox serve --jobs-port 9090")
-    return Target(ready["jobs"], *(Path(ready[name]) for name in ("client_cert", "client_key", "ca")))
+    names = {"server": "jobs", "cert": "client_cert", "key": "client_key", "ca": "ca"}
+    return _target({ours: ready.get(theirs) for ours, theirs in names.items()})
 
 
 # ---- cmdctl's own settings -------------------------------------------------------------------------------
@@ -114,14 +115,17 @@ def box_target(where: Where) -> Target:
 def named_target(given: Mapping[str, Any], config: Path | None) -> Target:
     """From options, then ``CMDCTL_*``, then the file; where no server is named, the box that runs here.
 
-    Raises UserError, BadSetup when a server is named and something to reach it with is not.
+    Raises UserError, BadSetup when something to reach it with is not named.
     """
     target = _target(given).over(_target(_environment())).over(_target(read_config(config)))
-    if target.server is None:
-        return target.over(box_target(Where(None, None, None)))
+    return whole(target if target.server else target.over(box_target(Where(None, None, None))))
+
+
+def whole(target: Target) -> Target:
+    """Raises BadSetup for a target that lacks something."""
     if missing := target.missing():
         raise BadSetup(
-            f"the server {target.server} is named, but not the {' and the '.join(missing)}",
+            f"the server is {target.server}, but nothing names the {' and the '.join(missing)}",
             hint=f"cmdctl login TOKEN, or cmdctl {' '.join(f'--{name} FILE' for name in missing)} ...",
         )
     return target

@@ -10,13 +10,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from osqbox.cli.jobs_text import Stamped, TerminalText, facts, rfc3339
+from osqbox.cli import as_called
+from osqbox.cli.jobs_text import Stamped, TerminalText, facts
 from osqbox.cli.output import print_json_line, printable, tell
+from osqbox.clock import rfc3339
 from osqbox.jobs.messages import Chunk, End, OutputEvent, OutputRequest, Stream, Truncated
 
 if TYPE_CHECKING:
@@ -116,10 +118,11 @@ Printer = OutputPrinter | JsonPrinter
 def follow(jobs: JobClient, job: str, request: OutputRequest, printer: Printer) -> Status | None:
     """Print the output from ``request`` on; the status, if the job has ended."""
     try:
-        for event in jobs.output(job, request):
-            printer.take(event)
-            if isinstance(event, End):
-                return event.status
+        with closing(jobs.output(job, request)) as events:
+            for event in events:
+                printer.take(event)
+                if isinstance(event, End):
+                    return event.status
         return None
     finally:
         with suppress(BrokenPipeError):
@@ -166,7 +169,7 @@ class Attended:
 
     def _let_go(self) -> None:
         """Returns if the job is to be stopped."""
-        tell(f"\n{printable(self._job)} goes on without us: {self._how_to_follow}; Ctrl-C again stops it")
+        tell(as_called(f"\n{printable(self._job)} goes on without us: {self._how_to_follow}; Ctrl-C again stops it"))
         try:
             threading.Event().wait(SECOND_CTRL_C_S)
         except KeyboardInterrupt:

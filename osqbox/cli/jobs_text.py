@@ -16,6 +16,10 @@ from osqbox.clock import rfc3339
 if TYPE_CHECKING:
     from osqbox.jobs.messages import Status
 
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType
+
 TIMED_OUT, FAILED, NOT_EXECUTABLE, NOT_FOUND = 124, 125, 126, 127
 """Exit codes that are not the command's own, as `timeout` and `env` have them; 128 + n is signal n."""
 ENOENT = 2
@@ -26,7 +30,7 @@ _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Turn the order of what is shown around."""
 
 
-class Duration(click.ParamType):
+class Duration(ParamType):
     """``5``, ``500ms``, ``5s``, ``2m``, ``1h``, ``1d``; seconds as a number."""
 
     name = "duration"
@@ -38,7 +42,7 @@ class Duration(click.ParamType):
         return float(found[1]) * _SECONDS[found[2]]
 
 
-class Size(click.ParamType):
+class Size(ParamType):
     """``1000``, ``64k``, ``512M``, ``2GiB``: bytes, in powers of 1024."""
 
     name = "size"
@@ -50,7 +54,7 @@ class Size(click.ParamType):
         return int(float(found[1]) * 1024 ** _UNITS[found[2]])
 
 
-class Signal(click.ParamType):
+class Signal(ParamType):
     """``TERM``, ``SIGTERM`` or ``15``."""
 
     name = "signal"
@@ -65,7 +69,7 @@ class Signal(click.ParamType):
             self.fail(f"expected a signal such as TERM, SIGINT or 9, got {printable(value)!r}", param, ctx)
 
 
-class Pair(click.ParamType):
+class Pair(ParamType):
     """``NAME=value``."""
 
     name = "name=value"

@@ -20,6 +20,7 @@ from osqbox.cli.jobs_text import (
     TIMED_OUT,
     Duration,
     Pair,
+    ParamType,
     Signal,
     Size,
     command_line,
@@ -49,8 +50,8 @@ _COMMAND_CODES = {"COMMAND_NOT_FOUND": NOT_FOUND, "NOT_EXECUTABLE": NOT_EXECUTAB
 class Refused(UserError):
     """What the server said, or why there is none; told as ``NOT_FOUND: ...``."""
 
-    def __init__(self, error: JobError, exit_code: int = 1) -> None:
-        super().__init__(f"{error.code.name}: {error.message}")
+    def __init__(self, error: JobError, exit_code: int = 1, hint: str | None = None) -> None:
+        super().__init__(f"{error.code.name}: {error.message}", hint)
         self.exit_code = exit_code
 
 
@@ -136,7 +137,7 @@ def refusals_told() -> Iterator[None]:
         raise UserError(f"reading or writing failed: {error.strerror or error}") from None
 
 
-class JobId(click.ParamType):
+class JobId(ParamType):
     name = "id"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -190,7 +191,10 @@ class _Run(click.Command):
 def _as_ours() -> Iterator[None]:
     try:
         yield
-    except (click.UsageError, UserError) as error:
+    except click.UsageError as error:
+        error.show()
+        raise click.exceptions.Exit(FAILED) from None
+    except UserError as error:
         if not (isinstance(error, Refused) and error.exit_code in _COMMAND_CODES.values()):
             error.exit_code = FAILED
         raise
@@ -260,7 +264,8 @@ def run(
         try:
             status = client.run(spec)
         except JobError as error:
-            raise Refused(error, _COMMAND_CODES.get(error.reason, FAILED)) from None
+            hint = jobs.front.line("status", error.job_id) if error.job_id else None
+            raise Refused(error, _COMMAND_CODES.get(error.reason, FAILED), hint) from None
         if not (wait or attach):
             _print_job(status, as_json)
             return

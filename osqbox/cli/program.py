@@ -114,6 +114,16 @@ def _without_secrets(ready: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in ready.items() if name not in ("token", "enroll_secret")}
 
 
+def _jobs_line(box: Box) -> str:
+    if box.job_runner is None or box.settings.jobs is None:
+        return ""
+    from osqbox.jobs.users import start_line, unix_facts
+
+    has_cgroup = box.job_runner.statistics().capabilities.get("containment") == "cgroup"
+    able = start_line(unix_facts(box.settings.jobs.user), cgroup=has_cgroup)
+    return f"\n  jobs          {box.ready()['jobs']}   {able}"
+
+
 def banner(box: Box) -> str:
     """The first screen: where everything is, and lines to paste."""
     ready = box.ready()
@@ -122,7 +132,7 @@ def banner(box: Box) -> str:
     base = f"{ready['agents']}/api/v1/osquery"
     return f"""osqbox {__version__}  ready in {box.clock.now() - box.started_at:.2f} s
   osquery TLS   {ready["agents"]}   CA {ready["ca"]}
-  operator      {ready["operator"]}
+  operator      {ready["operator"]}{_jobs_line(box)}
   data          {kept}
 try it:
   real osquery  osqueryd --flagfile {ready["flagfile"]}

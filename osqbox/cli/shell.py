@@ -36,7 +36,8 @@ DETACH_KEY = "^]"
 CAST_SUFFIX = ".cast"
 READ_BYTES = 256 * 1024
 LONGEST_PAUSE_S = 86_400.0
-OPEN = "open"
+OPEN, LIST = "open", "list"
+BOX_OPTIONS = ("--url", "--token", "--data")
 STATES = ("requested", "offered", "open", "detached", "ended")
 
 
@@ -44,10 +45,25 @@ class _Shells(Listing):
     """A word that is no verb is a node: ``osqbox shell web-1`` is ``osqbox shell open web-1``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        is_help = bool(args) and args[0] in ctx.help_option_names
-        if args and not is_help and args[0] not in self.commands:
-            args = [OPEN, *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, self._with_verb(ctx, args))
+
+    def _with_verb(self, ctx: click.Context, args: list[str]) -> list[str]:
+        shared, rest = _split_box_options(args)
+        word = rest[0] if rest else LIST
+        if word in ctx.help_option_names:
+            return args
+        if not word.startswith("-"):
+            return [word, *shared, *rest[1:]] if word in self.commands else [OPEN, *args]
+        of_list = {name for option in self.commands[LIST].params for name in option.opts}
+        return [LIST if word.partition("=")[0] in of_list else OPEN, *args]
+
+
+def _split_box_options(args: list[str]) -> tuple[list[str], list[str]]:
+    """The leading options that every verb takes, and the rest."""
+    end = 0
+    while end < len(args) and args[end].partition("=")[0] in BOX_OPTIONS:
+        end += 1 if "=" in args[end] else 2
+    return args[:end], args[end:]
 
 
 @click.group("shell", cls=_Shells)
@@ -152,7 +168,7 @@ def _address(client: Client, session: str) -> Address:
     return Address(url, client.token or "", context)
 
 
-@command.command("list")
+@command.command(LIST)
 @click.option("--node", help="Only of the node with that id.")
 @click.option("--tenant", help="Only of this tenant.")
 @click.option("--state", type=click.Choice(STATES), help="Only in this state.")

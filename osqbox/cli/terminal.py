@@ -41,7 +41,7 @@ from osqbox.errors import NotInTime, UserError
 from osqbox.shell_frames import CloseCode, Exit, Frame, FrameError, FrameType, Role, Size, ViewerHello, ViewerWelcome
 
 READ_BYTES = 16 * 1024
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 2.0
 COME_BACK_S = 90.0
 """How long a lost connection is tried again: longer than the box keeps a session for somebody who dropped."""
@@ -255,7 +255,7 @@ class Terminal:
         self._stirred, self._room = trio.Event(), trio.Event()
         self._was_open = False
         self._welcomes = 0
-        self._trouble = ""
+        self._trouble = self._complaint = ""
         self._outcome: Outcome | None = None
         self._close_code = CloseCode.NORMAL
         self._scope = trio.CancelScope()
@@ -406,9 +406,9 @@ class Terminal:
         )
         await connection.send_message(frames.encode(frames.hello(wish)))
         frame = await self._receive(connection)
-        if frame.type is FrameType.ERROR:
-            self._end(Outcome(1, frames.parse(frame, frames.Error).message))
-            return
+        while frame.type is FrameType.ERROR:  # the close code that follows says what to do
+            self._complaint = frames.parse(frame, frames.Error).message
+            frame = await self._receive(connection)
         welcome = frames.parse(frame, ViewerWelcome)
         self._shown = self._acked = welcome.offset
         self._take_input(welcome.input)
@@ -478,7 +478,7 @@ class Terminal:
 
     def _note_close(self, closed: ConnectionClosed) -> None:
         code = closed.reason.code if closed.reason else CloseCode.GOING_AWAY
-        text = (closed.reason.reason if closed.reason else None) or "no answer"
+        text = self._complaint or (closed.reason.reason if closed.reason else None) or "no answer"
         self._trouble = f"{text} ({code})" if closed.reason else text
         for final, told in FINAL.items():
             if code == final:

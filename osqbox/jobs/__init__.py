@@ -10,9 +10,10 @@ Names are imported when they are first used: the keeper processes of jobs import
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing itself would be one more import in every keeper
 if TYPE_CHECKING:
+    from typing import Any
+
     from . import messages as messages
     from .library import open_jobs as open_jobs
     from .runner import JobRunner as JobRunner

@@ -174,10 +174,6 @@ def sees(caller: Caller, owner: OwnerKey) -> bool:
     return may(caller, "status", owner)
 
 
-def may_stop(caller: Caller, owner: OwnerKey) -> bool:
-    return may(caller, "stop", owner)
-
-
 def may(caller: Caller, verb: str, owner: OwnerKey) -> bool:
     grant = VERBS.get(verb)
     is_own = (caller.owner, caller.authority) == owner
@@ -185,7 +181,11 @@ def may(caller: Caller, verb: str, owner: OwnerKey) -> bool:
 
 
 def admit(caller: Caller, verb: str, owner: OwnerKey | None, job: str) -> None:
-    """Raises NOT_FOUND for a job that is not there (``owner`` None) or not seen, PERMISSION_DENIED for the rest."""
+    """Raises PERMISSION_DENIED for what the caller may do to no job, or not to one that is only seen.
+
+    NOT_FOUND for a job that is not there (``owner`` None) or not seen.
+    """
+    allow(caller, verb)
     if owner is None or not sees(caller, owner):
         raise not_found(job)
     if not may(caller, verb, owner):

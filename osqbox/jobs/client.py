@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar
 
@@ -18,7 +18,7 @@ from protobuf import Message, Oneof
 
 from osqbox.jobs import client_wire as wire
 from osqbox.jobs.errors import Code, JobError
-from osqbox.jobs.grpc_h2 import BROKEN, FINAL, UNWELCOME, Channel
+from osqbox.jobs.grpc_h2 import BROKEN, FINAL, TOO_LARGE, UNWELCOME, Channel
 from osqbox.jobs.messages import KIB, Chunk, End, JobSpec, OutputEvent, OutputRequest, State, Status, Truncated
 from osqbox.jobs.v1 import jobs_pb as pb
 
@@ -94,9 +94,16 @@ class JobClient:
         """The newest first, at most ``limit``."""
         request = pb.ListProcessesRequest(states=wire.to_states(states), owner=owner or "", labels=dict(labels or {}))
         found: list[Status] = []
+        page_jobs = PAGE_JOBS
         while True:
-            request.page_size = min(limit - len(found), PAGE_JOBS)
-            page = self._repeatable("ListProcesses", request, pb.ListProcessesResponse)
+            request.page_size = min(limit - len(found), page_jobs)
+            try:
+                page = self._repeatable("ListProcesses", request, pb.ListProcessesResponse)
+            except JobError as error:
+                if error.reason != TOO_LARGE or request.page_size == 1:
+                    raise
+                page_jobs = request.page_size // 2  # jobs with very long command lines
+                continue
             found += map(wire.status, page.processes)
             request.page_token = page.next_page_token
             if not page.next_page_token or len(found) >= limit:
@@ -153,7 +160,7 @@ class JobClient:
         """Remove a job that has ended, with its output."""
         self._once("DeleteProcess", pb.DeleteProcessRequest(process_id=job), pb.DeleteProcessResponse)
 
-    def output(self, job: str, request: OutputRequest | None = None) -> Iterator[OutputEvent]:
+    def output(self, job: str, request: OutputRequest | None = None) -> Generator[OutputEvent]:
         """The output from where ``request`` says, each byte once; `End` last if the job has ended.
 
         Breaks are mended by going on at the next byte. It has a channel of its own, which closes with the iterator.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from osqbox.listen import ASGIApp
 
     from .health import Stopping
-    from .rpc import Runner
+    from .runner import JobRunner
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -26,14 +26,14 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def jobs_limits() -> Limits:
-    """Many calls on one connection, bodies that are streams, and readers that may pause."""
-    return Limits(app_body_bytes=None, h2_streams=2000, h2_stall_timeout_s=600)
+    """Many calls on one connection, bodies that are streams, readers that may pause but not vanish."""
+    return Limits(app_body_bytes=None, h2_streams=2000, h2_stall_timeout_s=600, vanished_after_s=10)
 
 
 class JobsFront:
     """An ASGI application that makes the real one (`rpc.make_jobs_app`) for the first request."""
 
-    def __init__(self, runner: Runner, *, caller: Callable[[], Caller], stopping: Stopping) -> None:
+    def __init__(self, runner: JobRunner, *, caller: Callable[[], Caller], stopping: Stopping) -> None:
         self._runner = runner
         self._caller = caller
         self._stopping = stopping

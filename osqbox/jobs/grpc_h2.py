@@ -33,7 +33,7 @@ CONNECT_S = 10.0
 SILENCE_S = 15.0
 """After so long without a byte the server is asked for a sign of life; after twice as long it is taken for gone."""
 MESSAGE_BYTES = 16 * MIB
-"""The largest message taken; those of the service are at most 64 KiB, but for a page of jobs."""
+"""The largest message taken; those of the service are at most 64 KiB, but for jobs with all their arguments."""
 STREAM_WINDOW_BYTES = 1 * MIB
 CONNECTION_WINDOW_BYTES = 4 * MIB
 READ_BYTES = 64 * KIB
@@ -42,6 +42,7 @@ UNREACHABLE, BROKEN, REFUSED_CERTIFICATE, UNTRUSTED = "UNREACHABLE", "BROKEN", "
 UNWELCOME = "UNWELCOME"
 """The handshake went well, and then the server hung up without a word: a box that stops does, and one that was told
 not to serve this certificate any more."""
+TOO_LARGE = "TOO_LARGE"
 FINAL = frozenset({REFUSED_CERTIFICATE, UNTRUSTED})
 """Reasons of UNAVAILABLE that another attempt would only meet again."""
 
@@ -384,9 +385,12 @@ def _take_message(received: bytearray) -> bytes | None:
     if len(received) < 5:
         return None
     compressed, size = received[0], int.from_bytes(received[1:5], "big")
-    if compressed or size > MESSAGE_BYTES:
-        what = "a compressed one" if compressed else f"{size} bytes"
-        raise JobError(Code.INTERNAL, f"expected a plain message of at most {MESSAGE_BYTES} bytes, got {what}")
+    if compressed:
+        raise JobError(Code.INTERNAL, "expected a plain message, got a compressed one")
+    if size > MESSAGE_BYTES:
+        raise JobError(
+            Code.INTERNAL, f"expected a message of at most {MESSAGE_BYTES} bytes, got {size} bytes", reason=TOO_LARGE
+        )
     if len(received) < 5 + size:
         return None
     message = bytes(received[5 : 5 + size])

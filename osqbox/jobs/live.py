@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from . import protocol, service
 from .errors import Code, JobError
 from .keepers import KeeperGoneError, Link, RefusedByKeeperError, connect, open_directory
 from .messages import ENDED, Caller, State, Status
-from .output import measure, size_on_disk
+from .output import Measure, measure, size_on_disk
 from .service import Record
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 SAVE_AGAIN_S = 1.0
 SAVE_LATEST_S = 30.0
 RECONNECT_S = 0.05
+RECONNECTS = 3
 ATTACH_AGAIN_S = 1.0
 UNBORN_S = 0.25
 """A keeper that was ordered before the box was killed has come to its start by then."""
@@ -59,6 +61,7 @@ class Live:
     def __init__(self, record: Record, directory: Path, store: Store, clock: Clock) -> None:
         self.record = record
         self.directory = directory
+        self.args_bytes = self.size_of(record.status.args)
         self.input = trio.Lock()
         """One writer to the job's stdin at a time."""
         self.has_input = False
@@ -71,7 +74,14 @@ class Live:
         self._changed = trio.Event()
         self._link: Link | None = None
         self._tries = 0
+        """To connect again, since the keeper last said something."""
+        self._had_line = False
         self._is_abandoned = False
+
+    @staticmethod
+    def size_of(args: Sequence[bytes]) -> int:
+        """What the arguments take in memory, for as long as the job runs."""
+        return sum(map(len, args))
 
     @property
     def id(self) -> str:
@@ -135,7 +145,9 @@ class Live:
             self.wake()
 
     async def _listen(self, link: Link) -> None:
+        self._had_line = True
         while not self.is_over and (messages := await link.receive()):
+            self._tries = 0
             for message in messages:
                 self._hear(message)
             if self._told is not self.record:
@@ -205,7 +217,7 @@ class Live:
     async def _again(self) -> Link | None:
         """The keeper may have dropped this client only; one that always does is as good as gone."""
         self._tries += 1
-        if self._tries > 3:
+        if self._tries > RECONNECTS:
             return None
         await trio.sleep(RECONNECT_S)
         return await self.attach()
@@ -216,7 +228,7 @@ class Live:
         if told is not None:
             self._hear({"ended": told})
         if not self._told.status.has_ended:
-            if self.record.status.state is State.PENDING and told is None and self._tries:
+            if self.record.status.state is State.PENDING and told is None and self._had_line:
                 self.fail_start("keeper", errno.EAGAIN)
             else:
                 await self._lose()
@@ -226,16 +238,27 @@ class Live:
         if self.record.status.state is State.PENDING:  # its keeper may yet come: it finds no directory, or is killed
             await trio.to_thread.run_sync(partial(shutil.rmtree, self.directory, ignore_errors=True))
             await trio.sleep(UNBORN_S)
-        found = await trio.to_thread.run_sync(_end_rest, self.id, self._told.cgroups, self.directory)
+        found = await self._end_rest()
         lost = service.lost(self._told, self._clock.now())
-        status = replace(
-            lost.status,
-            output_bytes=found.output_bytes,
-            stdout_bytes=max(found.stdout_bytes, lost.status.stdout_bytes),
-            stderr_bytes=max(found.stderr_bytes, lost.status.stderr_bytes),
-            output_truncated=found.truncated,
-        )
-        self._told = replace(lost, status=status)
+        if found is not None:
+            status = replace(
+                lost.status,
+                output_bytes=found.output_bytes,
+                stdout_bytes=max(found.stdout_bytes, lost.status.stdout_bytes),
+                stderr_bytes=max(found.stderr_bytes, lost.status.stderr_bytes),
+                output_truncated=found.truncated,
+            )
+            lost = replace(lost, status=status)
+        self._told = lost
+
+    async def _end_rest(self) -> Measure | None:
+        """However long it takes: a job is not lost before its processes are gone."""
+        while True:
+            try:
+                return await trio.to_thread.run_sync(_end_rest, self.id, self._told.cgroups, self.directory)
+            except OSError as error:
+                log.warning("job %s: what its keeper left cannot be ended now: %s", self.id, error)
+                await trio.sleep(ATTACH_AGAIN_S)
 
     def fail_start(self, step: str, number: int) -> None:
         """There is no keeper to say it."""
@@ -290,8 +313,11 @@ def _read_status(directory: Path) -> dict[str, Any] | None:
     return told if isinstance(told, dict) else None
 
 
-def _end_rest(job_id: str, cgroups: tuple[str, ...], directory: Path) -> Any:
+def _end_rest(job_id: str, cgroups: tuple[str, ...], directory: Path) -> Measure | None:
+    """Kill what is left; what the log amounts to, None where it is damaged."""
     from .keeper.tree import end_orphans
 
     end_orphans(job_id, list(cgroups))
-    return measure(directory)
+    with suppress(JobError):
+        return measure(directory)
+    return None

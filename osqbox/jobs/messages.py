@@ -233,6 +233,8 @@ class JobBounds:
     running: int = 1024
     running_per_owner: int = 1000
     """One owner leaves room for the others."""
+    args_bytes: int = 256 * MIB
+    """Arguments of all running jobs together; they are kept in memory."""
     followers: int = 4096
     followers_per_owner: int = 2048
     output_bytes: int = 1024 * MIB

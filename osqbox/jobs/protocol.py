@@ -31,6 +31,7 @@ from .messages import (
     Limits,
     OutputMode,
     OutputRequest,
+    Overflow,
     Reason,
     State,
     Status,
@@ -101,6 +102,13 @@ def check_id(job: str) -> None:
 
 def check_spec(spec: JobSpec, output_bytes: int) -> JobSpec:
     """The request, if it can be tried at all, with ``max_output_bytes`` filled in. Raises INVALID_ARGUMENT."""
+    for field, value, kind in (
+        ("output_mode", spec.output_mode, OutputMode), ("overflow", spec.overflow, Overflow),
+        ("limits", spec.limits, Limits), ("open_stdin", spec.open_stdin, bool),
+        ("keep_leftovers", spec.keep_leftovers, bool), ("link_output", spec.link_output, bool),
+    ):  # fmt: skip
+        if not isinstance(value, kind):
+            raise invalid(field, f"expected {kind.__name__}, got {_shown(value)}")
     _check_program(spec)
     _check_environment(spec.env)
     _check_size(spec)
@@ -137,6 +145,8 @@ def _check_bytes(field: str, value: Any, most_bytes: int) -> None:
 def _check_environment(env: Mapping[str, str]) -> None:
     for name, value in env.items():
         field = f"env[{_shown(name)}]"
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise invalid(field, f"expected text, got {type(value).__name__}")
         if not ENV_NAME.fullmatch(name):
             raise invalid(field, "expected a name of letters, digits and _, not beginning with a digit")
         if name in RESERVED_ENV:
@@ -210,7 +220,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
         if not LABEL.fullmatch(name):
             raise invalid(field, "expected a name of 1 to 63 letters, digits and . _ / -, beginning with one of the "
                                  "first two")  # fmt: skip
-        if value and not _is_word(value, LABEL_CHARS):
+        if not isinstance(value, str) or (value and not _is_word(value, LABEL_CHARS)):
             raise invalid(field, f"expected at most {LABEL_CHARS} printable characters, got {_shown(value)}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -21,7 +22,7 @@ from connectrpc.method import IdempotencyLevel, MethodInfo, StreamType
 from connectrpc.server import ConnectASGIApplication, Endpoint
 from protobuf import Oneof
 
-from osqbox.listen import ASGIApp, Limits
+from osqbox.listen import ASGIApp
 from osqbox.listen.connection import Budget
 
 from . import plain, translate
@@ -62,17 +63,12 @@ _UPPER = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 def make_jobs_app(runner: JobRunner, *, caller: Callable[[], Caller], stopping: Stopping) -> ASGIApp:
-    """Everything of the jobs listener. Serve it with ``Limits`` of `jobs_limits`.
+    """Everything of the jobs listener. Serve it with the limits of `front.jobs_limits`.
 
     ``caller`` says who sent the request that the current task serves, or raises JobError. ``stopping`` is set before
     the listener drains: what waits ends with UNAVAILABLE and may be tried again.
     """
     return _JobsApp(runner, caller, Waits(stopping))
-
-
-def jobs_limits() -> Limits:
-    """Many calls on one connection, bodies that are streams, readers that may pause but not vanish."""
-    return Limits(app_body_bytes=None, h2_streams=2000, h2_stall_timeout_s=600, vanished_after_s=10)
 
 
 # stopping
@@ -170,14 +166,17 @@ class JobService:
                 yield translate.output_message(event, timestamps=request.timestamps)
 
     async def list_processes(self, request: wire.ListProcessesRequest) -> wire.ListProcessesResponse:
-        page = await self._runner.list(
+        listing = partial(
+            self._runner.list,
             self._who(),
             states=translate.states(request),
             owner=request.owner or None,
             labels=dict(request.labels),
-            limit=translate.page_size(request),
             before=request.page_token or None,
         )
+        page = await listing(limit=translate.page_size(request))
+        if (count := translate.fitting(page.jobs)) < len(page.jobs):
+            page = await listing(limit=count)
         return wire.ListProcessesResponse(
             processes=[translate.status_message(status) for status in page.jobs], next_page_token=page.next_page or ""
         )

@@ -13,14 +13,14 @@ import errno
 import logging
 import os
 import secrets
-import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import trio
 
@@ -53,7 +53,6 @@ from .upkeep import Upkeep
 from .users import User
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 STARTING = 32
 """Jobs being started at once; the others wait their turn."""
@@ -94,6 +93,8 @@ class JobRunner:
         self._live: dict[str, Live] = {}
         self._held: Counter[OwnerKey] = Counter()
         """Running jobs of each owner, those on the way in included."""
+        self._keys: dict[tuple[str, str, str], trio.Lock] = {}
+        """Idempotency keys of requests under way."""
         self._following = Following(directory, bounds)
         self._upkeep = Upkeep(store, directory, clock, bounds, self._own_user, self._live.__contains__)
         self._is_closing = False
@@ -115,7 +116,8 @@ class JobRunner:
             await self._allow(caller, "run")
             spec = protocol.check_spec(spec, self._bounds.output_bytes)
             user = await self._user(caller, spec)
-            record, live = await self._begin(spec, caller, user)
+            async with self._one_at_a_time(spec, caller):
+                record, live = await self._begin(spec, caller, user)
             if live is not None:
                 await live.wait_until(lambda: live.record.status.state is not State.PENDING)
                 record = live.record
@@ -130,7 +132,7 @@ class JobRunner:
         if before is not None:
             return before, self._live.get(before.status.id)
         key, job_id = (caller.owner, caller.authority), self._new_id()
-        self._take_slot(key)
+        self._take_slot(key, Live.size_of(spec.args))
         with trio.CancelScope(shield=True):  # a row without a task would stay pending for ever
             try:
                 record, is_new = await self._store.write(lambda tx: service.create(tx, job_id, spec, caller, user.name))
@@ -146,13 +148,30 @@ class JobRunner:
         self._counts["started"] += 1
         return record, self._tend(record, lambda live: self._start(live, spec, user))
 
-    def _take_slot(self, key: OwnerKey) -> None:
+    @asynccontextmanager
+    async def _one_at_a_time(self, spec: JobSpec, caller: Caller) -> AsyncIterator[None]:
+        """Requests with the same idempotency key: the second finds the job of the first, and that it is tended."""
+        if spec.idempotency_key is None:
+            yield
+            return
+        name = (caller.owner, caller.authority, spec.idempotency_key)
+        lock = self._keys.setdefault(name, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._keys.pop(name, None)
+
+    def _take_slot(self, key: OwnerKey, args_bytes: int) -> None:
         """Raises RESOURCE_EXHAUSTED."""
         bounds = self._bounds
         if self._held.total() >= bounds.running:
             raise exhausted("TOO_MANY_JOBS", f"{bounds.running} jobs run here already, which is the limit")
         if self._held[key] >= bounds.running_per_owner:
             raise exhausted("TOO_MANY_JOBS", f"you run {bounds.running_per_owner} jobs already, which is the limit")
+        if args_bytes + sum(live.args_bytes for live in self._live.values()) > bounds.args_bytes:
+            raise exhausted("TOO_MANY_ARGUMENTS", "running jobs have too many bytes of arguments together")
         if self._log_bytes() >= bounds.disk_bytes:
             raise exhausted("DISK_QUOTA", f"the logs of jobs fill their {bounds.disk_bytes} bytes; delete some jobs")
         disk = os.statvfs(self._directory)
@@ -200,6 +219,8 @@ class JobRunner:
         async with self._starting:
             try:
                 live.directory.mkdir(0o700)
+                if spec.link_output and user == self._own_user:
+                    await self._link(links.link, live.directory, user)
                 fd = open_directory(live.directory)
                 try:
                     link = await self._zygote.spawn(self._keeper_spec(live.id, spec, user), fd)
@@ -208,9 +229,11 @@ class JobRunner:
             except OSError as error:
                 live.fail_start("keeper", error.errno or errno.EAGAIN)
                 return None
-            await link.wait_first()
-        if spec.link_output and user == self._own_user:
-            await self._link(links.link, live.directory, user)
+            try:
+                await link.wait_first()
+            except trio.Cancelled:
+                link.close()
+                raise
         return link
 
     def _keeper_spec(self, job_id: str, spec: JobSpec, user: User) -> dict[str, object]:
@@ -242,7 +265,7 @@ class JobRunner:
         self._counts["ended"] += 1
         self._upkeep.ended(record)
         if status.state is State.FAILED_TO_START:
-            await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+            await trio.to_thread.run_sync(self._upkeep.remove_files, [record])
         elif record.link_output and status.run_as != self._own_user.name:
             with suppress(JobError):  # somebody has removed the user meanwhile
                 user = await trio.to_thread.run_sync(users.lookup, status.run_as)
@@ -275,12 +298,17 @@ class JobRunner:
         await self._allow(caller, "list")
         look = partial(service.listing, states=states, owner=owner, labels=labels, limit=limit, before=before)
         self._check_open()
-        records, next_page = await self._store.read(lambda db: look(db, caller))
+        try:
+            records, next_page = await self._store.read(lambda db: look(db, caller))
+        except sqlite3.Error as error:
+            raise exhausted("NO_RESOURCES", f"the jobs cannot be listed now: {error}") from error
         return Page(tuple(self._now(record) for record in records), next_page)
 
     def _now(self, record: Record) -> Status:
         live = self._live.get(record.status.id)
-        return record.status if live is None or live.record.status.state is not record.status.state else live.status
+        if live is None or live.record.status.state is not record.status.state:
+            return record.status
+        return replace(live.status, args=record.status.args)
 
     async def wait(self, job: str, caller: Caller, timeout_s: float | None = None) -> Status:
         """The status once the job has ended, or after ``timeout_s`` seconds as it is then."""
@@ -340,21 +368,29 @@ class JobRunner:
         protocol.check_grace(grace_s)
         record, live = await self._find(job, caller, "stop")
         if live is not None:
-            again = live.record.status.state is State.STOPPING
-            live.causes.setdefault(State.STOPPING, caller)
-            if await live.call(
-                "stop", signal=signal, grace_s=grace_s, by=caller.owner, reason=Reason.STOPPED.value,
-                leader_only=leader_only,
-            ):  # fmt: skip
-                await live.follows(frozenset((State.STOPPING,)))
-                if again:
-                    live.causes.pop(State.STOPPING, None)
-                    await self._note(live.record, caller, "job.stop", result="again")
+            words = {"signal": signal, "grace_s": grace_s, "leader_only": leader_only}
+            if await self._stop(live, caller, words):
                 return live.status, False
             record = live.record
         if strict:
             raise _has_ended(record, "stop")
         return record.status, True
+
+    async def _stop(self, live: Live, caller: Caller, words: Mapping[str, Any]) -> bool:
+        """False: the job had ended."""
+        is_first = live.record.status.state is not State.STOPPING and State.STOPPING not in live.causes
+        if is_first:
+            live.causes[State.STOPPING] = caller
+        try:
+            if not await live.call("stop", by=caller.owner, reason=Reason.STOPPED.value, **words):
+                return False
+            await live.follows(frozenset((State.STOPPING,)))
+        finally:
+            if is_first:
+                live.causes.pop(State.STOPPING, None)
+        if not is_first:
+            await self._note(live.record, caller, "job.stop", result="again")
+        return True
 
     async def signal(self, job: str, caller: Caller, number: int) -> Status:
         """Send one signal to the leader; what it does with it is its own affair."""

@@ -32,6 +32,7 @@ KEEPER = "osqbox"
 LIST_MOST = 1000
 REMOVED_AT_ONCE = 500
 SHOWN_PREFIX = 2
+LISTED_ARGS_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,10 @@ def listing(
     limit: int = 100,
     before: str | None = None,
 ) -> tuple[list[Record], str | None]:
-    """What the caller sees, the newest first, and the ``before`` of the next page. Raises INVALID_ARGUMENT."""
+    """What the caller sees, the newest first, and the ``before`` of the next page. Raises INVALID_ARGUMENT.
+
+    Long command lines are cut to whole arguments of LISTED_ARGS_BYTES together.
+    """
     if not 1 <= limit <= LIST_MOST:
         raise invalid("page_size", f"expected 1 to {LIST_MOST}, got {limit}")
     protocol.check_labels(labels or {})
@@ -248,7 +252,7 @@ def listing(
         args += _page(before)
     condition = f"WHERE {' AND '.join(where)}" if where else ""
     rows = db.execute(
-        f"SELECT {_COLUMNS} FROM jobs {condition} ORDER BY created_at DESC, id DESC LIMIT ?", (*args, limit + 1)
+        f"SELECT {_LISTED} FROM jobs {condition} ORDER BY created_at DESC, id DESC LIMIT ?", (*args, limit + 1)
     ).fetchall()
     records = [_record(row) for row in rows[:limit]]
     more = f"{records[-1].status.created_at!r}_{records[-1].status.id}" if len(rows) > limit else None
@@ -285,8 +289,9 @@ def kept(db: sqlite3.Connection) -> tuple[int, int, float | None]:
 
 
 def delete(tx: Tx, record: Record, caller: Caller) -> None:
-    """The row of an ended job."""
-    tx.db.execute("DELETE FROM jobs WHERE id = ?", (record.status.id,))
+    """The row of an ended job. Raises NOT_FOUND when somebody else was quicker."""
+    if not tx.db.execute("DELETE FROM jobs WHERE id = ?", (record.status.id,)).rowcount:
+        raise not_found(record.status.id)
     _tell(tx, record, "job.delete", "job_deleted", caller)
 
 
@@ -362,6 +367,7 @@ _COLUMNS = (
     "stdout_bytes, stderr_bytes, output_truncated, output_drained, user_s, system_s, max_rss_bytes, containment, "
     "enforced, leftover_processes, cgroups, disk_bytes"
 )
+_LISTED = _COLUMNS.replace(" args,", f" coalesce(substr(args, 1, {LISTED_ARGS_BYTES}), x''),")
 
 
 def _record(row: Sequence[Any]) -> Record:

@@ -7,7 +7,7 @@ field; what a sound request asks for is judged by the runner.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from osqbox.clock import rfc3339
 
 from .errors import Code, JobError, invalid
 from .messages import (
+    MIB,
     Chunk,
     Containment,
     End,
@@ -41,6 +42,8 @@ from .v1 import jobs_pb as wire
 DOMAIN = "osqbox"
 """Of every google.rpc.ErrorInfo."""
 PAGE_DEFAULT, PAGE_MAX = 100, 1000
+PAGE_BYTES = 1 * MIB
+"""Of command lines in one page: generated clients take messages of at most 4 MiB."""
 DURATION_MAX_S = 100 * 366 * 86400.0
 """A century: beyond it a timeout is a mistake, and no clock of ours overflows."""
 
@@ -153,6 +156,16 @@ def states(request: wire.ListProcessesRequest) -> tuple[State, ...]:
 
 def page_size(request: wire.ListProcessesRequest) -> int:
     return min(request.page_size or PAGE_DEFAULT, PAGE_MAX)
+
+
+def fitting(jobs: Sequence[Status]) -> int:
+    """How many of them go into one answer: at least one, whatever its size."""
+    total_bytes = 0
+    for count, status in enumerate(jobs):
+        total_bytes += len(status.command) + sum(map(len, status.args))
+        if total_bytes > PAGE_BYTES:
+            return max(1, count)
+    return len(jobs)
 
 
 def stop_grace_s(request: wire.StopProcessRequest) -> float | None:

@@ -64,7 +64,7 @@ class Upkeep:
     async def deleted(self, record: Record) -> None:
         """Its row is gone; now its files."""
         self._count, self._bytes = self._count - 1, self._bytes - record.disk_bytes
-        await trio.to_thread.run_sync(self._remove_files, [record])
+        await trio.to_thread.run_sync(self.remove_files, [record])
 
     async def run(self) -> None:
         await self._sweep()
@@ -91,7 +91,7 @@ class Upkeep:
         except sqlite3.Error:
             log.exception("jobs beyond the retention could not be removed")
             return False
-        await trio.to_thread.run_sync(self._remove_files, gone)
+        await trio.to_thread.run_sync(self.remove_files, gone)
         self.removed += len(gone)
         await self._recount()
         return bool(gone)
@@ -103,7 +103,8 @@ class Upkeep:
             seen = self._ended
             self._count, self._bytes, self._oldest = await self._store.read(service.kept)
 
-    def _remove_files(self, records: Iterable[Record]) -> None:
+    def remove_files(self, records: Iterable[Record]) -> None:
+        """Blocks: run it in a thread."""
         for record in records:
             if record.link_output and record.status.run_as == self._own_user.name:
                 links.unlink(record.status.id, self._own_user)

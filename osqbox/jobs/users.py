@@ -62,12 +62,6 @@ def own_user() -> User:
         return User(str(uid), uid, os.getegid(), tuple(os.getgroups()), os.environ.get("HOME") or "/", "/bin/sh")
 
 
-def user(name: str) -> User:
-    """Our own user, with an entry or without, or any other by name. Raises as `lookup`."""
-    own = own_user()
-    return own if name == own.name else lookup(name)
-
-
 def _user(entry: pwd.struct_passwd) -> User:
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
     return User(
@@ -113,8 +107,8 @@ def unix_facts(jobs_user: str | None = None) -> Unix:
 
 
 def start_line(unix: Unix, *, cgroup: bool) -> str:
-    """What jobs can have on this machine, in one line for the start of a box."""
+    """Whom jobs run as and what this process can do for them, in one line for the start of a box."""
     held = powers()
     words = {"setuid": held.setuid, "cgroup": cgroup, "namespaces": held.namespaces, "nice": held.nice}
-    able = " ".join(f"{word}={'yes' if is_there else 'no'}" for word, is_there in words.items())
-    return f"jobs run as {unix.jobs_user or unix.user} unless a certificate names others; {able}"
+    able = ", ".join(word if is_there else f"no {word}" for word, is_there in words.items())
+    return f"as {unix.jobs_user or unix.user} or a principal of the certificate; {able}"

@@ -62,7 +62,8 @@ class Listener:
     the bounds of ``limits``.
     ``on_event`` is told the reason of every refusal, failed handshake and error, in one word to be counted.
     ``check_peer`` says in one word why a peer may not be served (``certificate_revoked``), or None; it is asked after
-    the handshake, before every request, and of every open connection by `recheck`.
+    the handshake, before every request, and of every open connection by `recheck`. ``on_refused_peer`` is told the peer
+    and the word, once for each connection.
 
     Raises BadSetup when the installed Hypercorn is not the one whose repairs are here.
     """
@@ -77,6 +78,7 @@ class Listener:
         limits: Limits | None = None,
         on_event: Callable[[str], None] | None = None,
         check_peer: Callable[[Peer], str | None] | None = None,
+        on_refused_peer: Callable[[Peer, str], None] | None = None,
     ) -> None:
         if app is None:
             if handler is None:
@@ -87,7 +89,13 @@ class Listener:
         self.limits = limits or Limits()
         self._books = Books(on_event or _ignore)
         self._shared = Shared(
-            name, self.limits, self._books, Budget(self.limits.inflight_body_bytes), check_peer, HttpDate()
+            name,
+            self.limits,
+            self._books,
+            Budget(self.limits.inflight_body_bytes),
+            check_peer,
+            on_refused_peer or _ignore,
+            HttpDate(),
         )
         self._ssl_context = ssl_context
         self._handler = handler
@@ -377,5 +385,5 @@ def _load_repairs() -> ModuleType:
     return hypercorn_repairs
 
 
-def _ignore(_reason: str) -> None:
+def _ignore(*_: object) -> None:
     return

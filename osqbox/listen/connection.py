@@ -139,6 +139,7 @@ class Shared:
     books: Books
     body_budget: Budget
     check_peer: Callable[[Peer], str | None] | None
+    on_refused_peer: Callable[[Peer, str], None]
     date: HttpDate
 
 
@@ -162,6 +163,8 @@ class Connection:
         """To be closed after the exchange in flight."""
         self.gone = False
         """Nothing more can be written."""
+        self.is_refused = False
+        """Its peer may not be served any more."""
 
     def until(self, timeout_s: float) -> None:
         """Move the deadline of what is awaited now."""
@@ -174,9 +177,13 @@ class Connection:
             await self.stream.send_all(data[start : start + SLICE_BYTES])
 
     def refusal_of_peer(self) -> str | None:
-        """Why this peer may not be served (any more), in one word, or None."""
+        """Why this peer may not be served (any more), in one word, or None. Its first refusal is told."""
         check = self.shared.check_peer
-        return None if check is None else check(self.peer)
+        reason = None if check is None else check(self.peer)
+        if reason is not None and not self.is_refused:
+            self.is_refused = True
+            self.shared.on_refused_peer(self.peer, reason)
+        return reason
 
     def retire(self) -> None:
         """Close as soon as nothing is in flight: at once if that is now."""

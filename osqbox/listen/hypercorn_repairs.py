@@ -5,6 +5,7 @@ What is repaired, each with a test:
 * an exception in the protocol layer ended the process: here it ends its connection (`accept.py`);
 * HTTP/2: DATA or a reset after the answer, pseudo headers that are not ASCII, CONNECT without ``:path``, floods of
   PRIORITY frames, and streams ended by trailers or by a reset, which stayed in the priority tree until it was full;
+* HTTP/2: streams that had to wait for seconds while others were served again and again (`RoundRobin`);
 * a reader that stalls, in TCP or by an HTTP/2 window it never opens: every write has a deadline for progress, and
   what waits for that window is bounded;
 * a loop of sends, which starved the event loop once the client had left, and never ended;
@@ -26,6 +27,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -49,7 +51,7 @@ from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
-from priority.priority import PriorityError, PriorityTree
+from priority.priority import DeadlockError, DuplicateStreamError, MissingStreamError, PriorityError
 from wsproto.connection import ConnectionState as WebSocketState
 from wsproto.events import CloseConnection
 
@@ -296,10 +298,52 @@ def _with_close_code(stream: WSStream, put: Callable[[Any], Awaitable[None]]) ->
 # the protocols
 
 
+class RoundRobin:
+    """Which HTTP/2 stream may write next, with the interface of the priority tree that it replaces.
+
+    The tree serves what is new first: under a stream of short calls it let others wait for seconds, and it ended the
+    connection at a thousand streams. Clients' priorities are of the past (RFC 9113, 5.3).
+    """
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+        self._ready: OrderedDict[int, None] = OrderedDict()
+
+    def insert_stream(self, stream_id: int) -> None:
+        if stream_id in self._known:
+            raise DuplicateStreamError(stream_id)
+        self._known.add(stream_id)
+        self._ready[stream_id] = None
+
+    def remove_stream(self, stream_id: int) -> None:
+        self._check(stream_id)
+        self._known.remove(stream_id)
+        self._ready.pop(stream_id, None)
+
+    def block(self, stream_id: int) -> None:
+        self._check(stream_id)
+        self._ready.pop(stream_id, None)
+
+    def unblock(self, stream_id: int) -> None:
+        self._check(stream_id)
+        self._ready.setdefault(stream_id)
+
+    def _check(self, stream_id: int) -> None:
+        if stream_id not in self._known:
+            raise MissingStreamError(stream_id)
+
+    def __next__(self) -> int:
+        if not self._ready:
+            raise DeadlockError("nothing to send")
+        stream_id, _ = self._ready.popitem(last=False)
+        self._ready[stream_id] = None
+        return stream_id
+
+
 class RepairedH2(H2Protocol):
     def __init__(self, *args: Any, write_timeout_s: float) -> None:
         super().__init__(*args)
-        self.priority = PriorityTree(maximum_streams=2 * self.config.h2_max_concurrent_streams + 1)
+        self.priority = RoundRobin()  # type: ignore[assignment]
         self._write_timeout_s = write_timeout_s
         self._waiting: dict[int, trio.CancelScope] = {}
         """Streams whose application waits for the client to read."""

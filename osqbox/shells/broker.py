@@ -161,13 +161,13 @@ class Broker:
         )
         return [self._live[row.id].facts() if row.id in self._live and not row.ended else row for row in rows]
 
-    async def kill(self, session: str, by: str, reason: str = "killed") -> None:
+    async def kill(self, session: str, by: str, reason: EndReason = EndReason.KILLED) -> None:
         """End it now; returns when that is on disk. One that has ended stays as it is. Raises Refused (404)."""
         self.session(session)
         live = self._live.get(session)
         if live is None:
             return
-        live.end(End(EndReason(reason), by), trio.current_time())
+        live.end(End(reason, by), trio.current_time())
         await self.wait_written()
 
     async def ticket(self, session: str, by: str, grant: Grant) -> Ticket:
@@ -564,7 +564,7 @@ class Broker:
                     await self._put_away(live)
             if now >= upkeep_at:
                 upkeep_at = now + UPKEEP_S
-                await self._prune_recordings()
+                await self.prune_recordings()
 
     async def _put_away(self, live: LiveSession) -> None:
         """Nobody is connected to it any more."""
@@ -587,7 +587,8 @@ class Broker:
         sha256 = digests.get(recording.SPOOL, "")
         await self._store.write(lambda tx: service.keep_recording(tx, session, size_bytes, sha256))
 
-    async def _prune_recordings(self) -> None:
+    async def prune_recordings(self) -> None:
+        """Delete what retention no longer keeps; also called every minute."""
         rows = await self._store.read(service.recordings)
         kept = [recording.Kept(*row) for row in rows]
         gone = recording.to_delete(

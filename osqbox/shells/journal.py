@@ -62,11 +62,14 @@ class InputJournal:
     def received(self, arrived: int) -> dict[Key, int]:
         """How much came from everybody, when ``arrived`` bytes of the session's input have reached the agent."""
         counts: dict[Key, int] = {}
+        lost: set[Key] = set()
         start = 0
         for end, key, client_end in self._records():
-            missing = max(0, end - max(start, arrived))
-            if missing == 0 or key not in counts or start < arrived:
+            if key not in lost:  # what follows something that is missing must be sent again too
+                missing = max(0, end - max(start, arrived))
                 counts[key] = client_end - missing
+                if missing:
+                    lost.add(key)
             start = end
         return counts
 

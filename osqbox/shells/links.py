@@ -74,6 +74,9 @@ class WebSocket:
             await self._send({"type": "websocket.send", kind: message})
         except ClientGone:
             self._closed = True
+        except Exception:
+            if not self._closed:  # closed by another task while this one was on its way: the server minds, nobody else
+                raise
 
     async def aclose(self, code: int, reason: str = "") -> None:
         if self._closed:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from math import inf
 
 from osqbox import shell_frames as frames
@@ -20,7 +21,6 @@ from osqbox.errors import Refused
 from osqbox.shell_frames import (
     AGENT_WINDOW_BYTES,
     DATA_BYTES,
-    INPUT_WINDOW_BYTES,
     PEER_LOST_S,
     PING_INTERVAL_S,
     VIEWER_WINDOW_BYTES,
@@ -37,6 +37,7 @@ from osqbox.shell_frames import (
     ViewerWelcome,
 )
 from osqbox.shells.journal import InputJournal
+from osqbox.shells.keyboard import Client, Keyboard
 from osqbox.shells.messages import KIB, MIB, EndReason, Grant, Session, ShellBounds, State
 from osqbox.shells.recording import Recorder, RecordingFailed
 from osqbox.shells.ring import Ring
@@ -58,7 +59,6 @@ CONTROL_FRAMES = 256
 """Frames waiting for a viewer beside output. One that lets them pile up does not read."""
 SIGNAL_STATUS = 128
 TERMINAL_RESET = b"\x1bc"
-PASTE_BEGIN, PASTE_END = b"\x1b[200~", b"\x1b[201~"
 PASTE_HOLD_S = 5.0
 """How long a hand-over waits for the end of a bracketed paste."""
 
@@ -112,14 +112,6 @@ class AgentSide(Side):
         self.ack_sent = acked
         self.size_sent: Size | None = None
         self.size_sent_at = -inf
-
-
-@dataclass(slots=True)
-class Client:
-    """Input counted under one name, over all its connections."""
-
-    received: int = 0
-    acked: int = 0
 
 
 class ViewerSide(Side):
@@ -199,16 +191,7 @@ class LiveSession:
         self._heir: ViewerSide | None = None
         """Gets the control when the paste that is under way has ended."""
         self._heir_until = inf
-        self._pasting = False
-        self._paste_tail = b""
-        self._input = bytearray()
-        """From `input_acked` on."""
-        self.input_acked = self._input_sent = self.input_head = 0
-        self._segments: deque[tuple[int, Client, int]] = deque()
-        """Whose input it is: (end in the session's input, client, end in the client's)."""
-        self._eof_at: int | None = None
-        self._tokens = float(bounds.input_burst_bytes)
-        self._tokens_at = now
+        self.keyboard = Keyboard(bounds, now)
 
     # facts
 
@@ -321,14 +304,12 @@ class LiveSession:
         if self.is_restored:
             if not self._is_head_known:
                 self.log.restart(hello.head)
-            self.input_acked = self._input_sent = self.input_head = hello.input
+            self.keyboard.restart(hello.input)
             self._recall_clients(hello.input)
         if hello.head < self.log.head:
             raise FrameError(f"HELLO: expected head {self.log.head} or more, got {hello.head}")
-        if not self.input_acked <= hello.input <= self._input_sent:
-            raise FrameError(f"HELLO: expected input {self.input_acked}..{self._input_sent}, got {hello.input}")
-        self._input_arrived(hello.input)
-        self._input_sent = hello.input
+        self.keyboard.resume(hello.input)
+        self._wake_typists()
 
     def _recall_clients(self, arrived: int) -> None:
         if self.journal is not None:
@@ -342,7 +323,7 @@ class LiveSession:
             session=self.id,
             resume=resume,
             wanted=self.log.head,
-            input=self._input_sent,
+            input=self.keyboard.sent,
             window_bytes=AGENT_WINDOW_BYTES,
             cols=self.size.cols,
             rows=self.size.rows,
@@ -381,7 +362,8 @@ class LiveSession:
                     raise FrameError(f"DATA_OUT: expected at most {AGENT_WINDOW_BYTES} bytes beyond the last ACK")
                 self._take_output(frames.unseen(frame, self.log.head), now)
             case FrameType.ACK:
-                self._input_arrived(frame.offset)
+                self.keyboard.arrived(frame.offset)
+                self._wake_typists()
                 side.wake()
             case FrameType.TITLE:
                 self.title = frames.parse_title(frame)
@@ -405,22 +387,26 @@ class LiveSession:
             return
         self._active_at = now
         self._noticed = None
-        try:
-            if self.recorder is not None:
-                self.recorder.output(data, self._wall(now))
-        except RecordingFailed as failed:
-            self.log.append(data)
-            self._recording_failed(failed, now)
-            return
+        self._record(partial(Recorder.output, data=data), now)
         self.log.append(data)
         for viewer in self.viewers:
             viewer.wake()
         if self.agent is not None and self._credit() - self.agent.ack_sent >= ACK_BYTES:
             self.agent.wake()
 
-    def _recording_failed(self, failed: RecordingFailed, now: float) -> None:
-        self._tell_viewers(frames.error("recording_failed", str(failed)))
-        self.end(End(EndReason.RECORDING_FAILED, "box"), now)
+    def _mark(self, label: str, now: float) -> None:
+        """A remark in the recording, for whoever replays it."""
+        self._record(partial(Recorder.marker, label=label), now)
+
+    def _record(self, what: Callable[..., None], now: float) -> None:
+        """A strict recording that fails ends the session."""
+        if self.recorder is None or self.ended is not None:
+            return
+        try:
+            what(self.recorder, now=self._wall(now))
+        except RecordingFailed as failed:
+            self._tell_viewers(frames.error("recording_failed", str(failed)))
+            self.end(End(EndReason.RECORDING_FAILED, "box"), now)
 
     def _skip_lost_output(self, _start: int, end: int, now: float) -> None:
         """The agent no longer has what is wanted: offsets go on, the recording has a hole of zeros."""
@@ -444,20 +430,8 @@ class LiveSession:
             reason = EndReason.AGENT_LOST  # it cannot say how, so nobody saw the program end
         self.end(End(reason, self.node, how.code, how.signal), now)
 
-    def _input_arrived(self, offset: int) -> None:
-        """The agent has the input up to here."""
-        if offset > self._input_sent:
-            raise FrameError(f"ACK: expected at most {self._input_sent}, got {offset}")
-        if offset <= self.input_acked:
-            return
-        del self._input[: offset - self.input_acked]
-        self.input_acked = offset
-        while self._segments:
-            end, client, client_end = self._segments[0]
-            client.acked = max(client.acked, client_end - max(0, end - offset))
-            if end > offset:
-                break
-            self._segments.popleft()
+    def _wake_typists(self) -> None:
+        """Their input has arrived: they are told, and may go on."""
         for viewer in self.viewers:
             if viewer.client.acked > viewer.ack_sent or self._is_controller(viewer):
                 viewer.wake()
@@ -485,7 +459,7 @@ class LiveSession:
             return frames.ack(credit)
         if ping:
             return ping
-        return self._next_size(side, now) or self._next_input(now) or self._agent_wait_s(side, now)
+        return self._next_size(side, now) or self.keyboard.next(now) or self._agent_wait_s(side, now)
 
     def _credit(self) -> int:
         """Output that is kept, and, while somebody is in control, shown to them: what the agent may forget."""
@@ -501,44 +475,23 @@ class LiveSession:
         if side.size_sent == self.size or now < side.size_sent_at + self._bounds.resize_every_s:
             return None
         side.size_sent, side.size_sent_at = self.size, now
-        if self.recorder is not None:
-            self.recorder.resize(self.size.cols, self.size.rows, self._wall(now))
+        self._record(partial(Recorder.resize, cols=self.size.cols, rows=self.size.rows), now)
         self._tell_viewers(frames.resize(self.size))
         return frames.resize(self.size)
-
-    def _next_input(self, now: float) -> Frame | None:
-        self._refill(now)
-        start = self._input_sent
-        room = min(self.input_head - start, self.input_acked + INPUT_WINDOW_BYTES - start, int(self._tokens))
-        if room > 0:
-            begin = start - self.input_acked
-            data = bytes(self._input[begin : begin + min(room, DATA_BYTES)])
-            self._input_sent += len(data)
-            self._tokens -= len(data)
-            return frames.data_in(start, data)
-        if self._eof_at is not None and self._eof_at == self._input_sent:
-            self._eof_at = None
-            return frames.eof_in(self._input_sent)
-        return None
-
-    def _refill(self, now: float) -> None:
-        bounds = self._bounds
-        gained = (now - self._tokens_at) * bounds.input_bytes_per_s
-        self._tokens = min(float(bounds.input_burst_bytes), self._tokens + gained)
-        self._tokens_at = now
 
     def _agent_wait_s(self, side: AgentSide, now: float) -> float:
         wait_s = side.pinged_at + PING_INTERVAL_S - now
         if side.size_sent != self.size:
             wait_s = min(wait_s, side.size_sent_at + self._bounds.resize_every_s - now)
-        if self.input_head > self._input_sent and self._tokens < 1:
-            wait_s = min(wait_s, DATA_BYTES / self._bounds.input_bytes_per_s)
+        if self.keyboard.is_rationed:
+            wait_s = min(wait_s, self.keyboard.ration_s)
         return max(wait_s, 0.001)
 
     def input_delivered(self, side: AgentSide) -> None:
         """What was handed to the connection has been written: all that is known of a Launcher's input."""
         if side.is_legacy and self.agent is side:
-            self._input_arrived(self._input_sent)
+            self.keyboard.arrived(self.keyboard.sent)
+            self._wake_typists()
 
     # viewers come and go
 
@@ -566,6 +519,7 @@ class LiveSession:
             if hello.cols and hello.rows:
                 self.resize(viewer, Size(hello.cols, hello.rows))
         self._begin_at(viewer, hello.resume)
+        self._mark(f"{by} joined as {self.role_of(viewer)}", now)
         return viewer
 
     def _client(self, key: tuple[str, str]) -> Client:
@@ -617,6 +571,7 @@ class LiveSession:
         if viewer not in self.viewers:
             return
         self.viewers.remove(viewer)
+        self._mark(f"{viewer.by} left", now)
         if self._heir is viewer:
             self._heir = None
         if on_purpose:
@@ -653,7 +608,7 @@ class LiveSession:
                 self._wants(viewer, frames.parse(frame, Role), now)
             case FrameType.EOF_IN:
                 if self._is_controller(viewer):
-                    self._eof_at = self.input_head
+                    self.keyboard.end_of_input()
                     self._wake_agent()
             case FrameType.PING:
                 viewer.say(frames.pong(frame))
@@ -663,59 +618,39 @@ class LiveSession:
                 raise FrameError(f"a viewer does not send {frame.type.name} here")
 
     def _typed(self, viewer: ViewerSide, frame: Frame, now: float) -> None:
-        client = viewer.client
-        data = frames.unseen(frame, client.received)
+        data = frames.unseen(frame, viewer.client.received)
         if not data:
             return
-        client.received += len(data)
         if not self._is_controller(viewer) or self.ended is not None:
             self.dropped_input_bytes += len(data)
-            self._settle_dropped(viewer)
+            self.keyboard.ignore(len(data), viewer.client)
             self._journalise(viewer)
+            viewer.wake()
             return
         self._active_at = now
         self._noticed = None
-        self._input += data
-        self.input_head += len(data)
-        self._own(client)
+        self.keyboard.type(data, viewer.client)
         self._journalise(viewer)
-        if self.recorder is not None and self._facts.record_input:
-            self.recorder.input(data, self._wall(now))
-        self._follow_paste(data)
+        if self._facts.record_input:
+            self._record(partial(Recorder.input, data=data), now)
+        if self._heir is not None and not self.keyboard.is_pasting:
+            self._hand_over(self._heir)
         self._wake_agent()
 
     def _journalise(self, viewer: ViewerSide) -> None:
         if self.journal is None:
             return
         try:
-            self.journal.note(self.input_head, viewer.id, viewer.client.received)
-            if self.input_acked == self.input_head and self.journal.is_long:
-                self.journal.restart(self.input_head, {key: kept.received for key, kept in self._clients.items()})
+            self.journal.note(self.keyboard.head, viewer.id, viewer.client.received)
+            if self.keyboard.acked == self.keyboard.head and self.journal.is_long:
+                self.journal.restart(self.keyboard.head, {key: kept.received for key, kept in self._clients.items()})
         except OSError:  # a full disk costs this session its memory of a crash, not its keyboard
             self.journal.close()
             self.journal = None
 
-    def _own(self, client: Client) -> None:
-        """Note whose the input is, up to both heads; what is of one piece is noted as one."""
-        if self._segments:
-            end, last, last_end = self._segments[-1]
-            if last is client and self.input_head - end == client.received - last_end:
-                self._segments.pop()
-        self._segments.append((self.input_head, client, client.received))
-
-    def _settle_dropped(self, viewer: ViewerSide) -> None:
-        """Input without effect is done with, once all before it is."""
-        client = viewer.client
-        if any(owner is client for _, owner, _ in self._segments):
-            self._segments.append((self.input_head, client, client.received))
-        else:
-            client.acked = client.received
-            viewer.wake()
-
     def must_pause(self, viewer: ViewerSide) -> bool:
         """Whether this viewer is not to be read for now: it has typed more than the agent takes."""
-        is_full = self.input_head - self.input_acked >= self._bounds.input_queue_bytes
-        return is_full and self._is_controller(viewer)
+        return self.keyboard.is_full and self._is_controller(viewer)
 
     def _shown(self, viewer: ViewerSide, offset: int, now: float) -> None:
         if offset > viewer.sent:
@@ -760,7 +695,7 @@ class LiveSession:
                 self._note(self, "control", viewer.by, "read_only")
                 return
             viewer.wants_control = True
-            if not self._pasting or self._connected_controller() is None:
+            if not self.keyboard.is_pasting or self._connected_controller() is None:
                 self._hand_over(viewer)
             elif not self._is_controller(viewer):
                 self._heir, self._heir_until = viewer, now + PASTE_HOLD_S
@@ -774,7 +709,7 @@ class LiveSession:
             return
         before = self._controller[0] if self._controller else None
         self._controller = viewer.id
-        self._pasting = False
+        self.keyboard.hand_over()
         self._note(self, "control", viewer.by, "ok", before=before)
         self._tell_roles()
         self._wake_agent()
@@ -790,15 +725,6 @@ class LiveSession:
         for viewer in self.viewers:
             if viewer is not but:
                 viewer.say(frames.role(Role(role=self.role_of(viewer), controller=controller)))
-
-    def _follow_paste(self, data: bytes) -> None:
-        recent = self._paste_tail + data
-        begin, end = recent.rfind(PASTE_BEGIN), recent.rfind(PASTE_END)
-        if begin != end:
-            self._pasting = begin > end
-        self._paste_tail = recent[-len(PASTE_BEGIN) + 1 :]
-        if not self._pasting and self._heir is not None:
-            self._hand_over(self._heir)
 
     # to viewers
 
@@ -945,9 +871,7 @@ class LiveSession:
         if self.recorder is not None:
             status = how.exit_code if how.exit_code is not None else SIGNAL_STATUS + (how.signal or 1)
             self._close_recording(status, now)
-        self._input.clear()
-        self._segments.clear()
-        self.input_acked = self._input_sent = self.input_head
+        self.keyboard.restart(self.keyboard.head)
         self._settle()
         self._note(self, "end", how.by, "ok", end=how)
         self._wake_agent()

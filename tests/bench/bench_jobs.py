@@ -1,6 +1,7 @@
 """Figures of the job runner beside yardsticks measured in the same run. Prints; never judges.
 
-    python tests/bench/bench_jobs.py [--only latency,throughput,start,idle,short] [--followers 100] [--mib 50]
+    python tests/bench/bench_jobs.py [--only latency,throughput,start,idle,short] [--lines 1000] [--followers 100]
+        [--mib 50] [--starts 300] [--jobs 2000]
 
 Everything is in one process but the keepers and the jobs. The yardsticks do the same without a keeper, a log or a
 runner: a program's pipe read by trio, a file read by one plain loop, `trio.lowlevel.open_process`.
@@ -25,10 +26,9 @@ from osqbox.jobs import open_jobs
 from osqbox.jobs.library import LOCAL, LocalJobs
 from osqbox.jobs.messages import CHUNK_BYTES, MIB, Chunk, JobBounds
 
-LINES = 1000
-CLOCK = f"""
-import os, time
-for _ in range({LINES}):
+CLOCK = """
+import os, sys, time
+for _ in range(int(sys.argv[1])):
     time.sleep(0.003)
     os.write(1, b"%020d\\n" % time.monotonic_ns())
 """
@@ -51,10 +51,11 @@ def rss_mib() -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-async def bench_latency(jobs: LocalJobs, _options: argparse.Namespace) -> None:
+async def bench_latency(jobs: LocalJobs, options: argparse.Namespace) -> None:
     """The job writes the monotonic clock; the follower looks at it again."""
+    command = [sys.executable, "-c", CLOCK, str(options.lines)]
     ours: list[float] = []
-    job = await jobs.run([sys.executable, "-c", CLOCK])
+    job = await jobs.run(command)
     async with jobs.output(job.id) as events:
         async for event in events:
             if isinstance(event, Chunk):
@@ -62,7 +63,7 @@ async def bench_latency(jobs: LocalJobs, _options: argparse.Namespace) -> None:
                 ours += [(now - int(line)) / 1e9 for line in event.data.split()]
     bare: list[float] = []
     async with trio.open_nursery() as nursery:
-        process = await nursery.start(_piped, [sys.executable, "-c", CLOCK])
+        process = await nursery.start(_piped, command)
         async with process.stdout:
             async for data in process.stdout:
                 now = time.monotonic_ns()
@@ -124,10 +125,10 @@ async def bench_throughput(jobs: LocalJobs, options: argparse.Namespace) -> None
           f"one plain loop of pread: {total / bare_s:,.0f} MiB/s: ratio {bare_s / late_s:.2f}")  # fmt: skip
 
 
-async def bench_start(jobs: LocalJobs, _options: argparse.Namespace) -> None:
+async def bench_start(jobs: LocalJobs, options: argparse.Namespace) -> None:
     await jobs.wait((await jobs.run(["true"])).id)  # the zygote is there
     ours, bare = [], []
-    for _ in range(200):
+    for _ in range(options.starts):
         begun = time.perf_counter()
         job = await jobs.run(["true"])
         ours.append(time.perf_counter() - begun)
@@ -143,15 +144,15 @@ async def bench_start(jobs: LocalJobs, _options: argparse.Namespace) -> None:
         ids.append((await jobs.run(["sleep", "120"])).id)
 
     async with trio.open_nursery() as nursery:
-        for _ in range(300):
+        for _ in range(options.starts):
             nursery.start_soon(start)
     elapsed = time.perf_counter() - begun
-    print(f"    300 starts at once: all running after {elapsed:.2f} s, {300 / elapsed:,.0f}/s")
+    print(f"    {options.starts} starts at once: all run after {elapsed:.2f} s, {options.starts / elapsed:,.0f}/s")
     begun = time.perf_counter()
     async with trio.open_nursery() as nursery:
         for job_id in ids:
             nursery.start_soon(_stop, jobs, job_id)
-    print(f"    300 stops at once: all ended after {time.perf_counter() - begun:.2f} s")
+    print(f"    {options.starts} stops at once: all ended after {time.perf_counter() - begun:.2f} s")
 
 
 async def _stop(jobs: LocalJobs, job_id: str) -> None:
@@ -187,7 +188,7 @@ async def _cpu_share(seconds: float) -> float:
     return (time.process_time() - before) / seconds
 
 
-async def bench_short(jobs: LocalJobs, _options: argparse.Namespace) -> None:
+async def bench_short(jobs: LocalJobs, options: argparse.Namespace) -> None:
     wrong, begun = 0, time.perf_counter()
 
     async def several(count: int) -> None:
@@ -200,9 +201,9 @@ async def bench_short(jobs: LocalJobs, _options: argparse.Namespace) -> None:
 
     async with trio.open_nursery() as nursery:
         for _ in range(20):
-            nursery.start_soon(several, 100)
+            nursery.start_soon(several, options.jobs // 20)
     elapsed = time.perf_counter() - begun
-    print(f"2,000 x 'printf x; exit 3': {wrong} wrong, {2000 / elapsed:,.0f} jobs/s")
+    print(f"{options.jobs:,} x 'printf x; exit 3': {wrong} wrong, {options.jobs / elapsed:,.0f} jobs/s")
 
 
 BENCHES: dict[str, Callable[[LocalJobs, argparse.Namespace], Awaitable[None]]] = {
@@ -217,13 +218,13 @@ BENCHES: dict[str, Callable[[LocalJobs, argparse.Namespace], Awaitable[None]]] =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(BENCHES), help="which, separated by commas")
-    parser.add_argument("--followers", type=int, default=100)
-    parser.add_argument("--mib", type=int, default=50)
+    for name, default in (("lines", 1000), ("followers", 100), ("mib", 50), ("starts", 300), ("jobs", 2000)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
 
     async def run(directory: str) -> None:
         for name in options.only.split(","):
-            async with open_jobs(Path(directory) / name, JobBounds(kept_jobs=5000), stop_jobs=True) as jobs:
+            async with open_jobs(Path(directory) / name, JobBounds(kept_jobs=20_000), stop_jobs=True) as jobs:
                 await BENCHES[name](jobs, options)
 
     with tempfile.TemporaryDirectory() as directory:

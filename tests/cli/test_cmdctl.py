@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from osqbox.certs import issue_client
-from osqbox.cli.cmdctl import main
+from osqbox.cli.cmdctl import main, program
+from osqbox.cli.job import command as osqbox_job
 
 from .conftest import JobsBox, start_jobs_box
 
@@ -95,6 +96,20 @@ def until(is_so: Callable[[], Any]) -> Any:
     return found
 
 
+def test_the_surface_is_the_golden_one() -> None:
+    """The same verbs in both programs, but for two older names and the login."""
+    ours, theirs = set(program.commands), set(osqbox_job.commands)
+    assert sorted(ours) == [
+        "get-output", "get-status", "input", "list", "login", "resume", "rm", "run", "signal", "stop", "suspend", "wait"
+    ]  # fmt: skip
+    assert ours ^ theirs == {"get-output", "get-status", "login", "output", "status"}
+    for name in ours & theirs:
+        one, other = (
+            [each for each in group.commands[name].params if each.expose_value] for group in (program, osqbox_job)
+        )
+        assert one == other
+
+
 # ---- run -------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +171,11 @@ def test_exit_codes_tell_the_command_from_ourselves(cmdctl: Cmdctl, words: tuple
 
 def test_errors_begin_with_the_program_and_the_code(cmdctl: Cmdctl) -> None:
     assert cmdctl("get-status", "abcdefgh") == Done(1, b"", "cmdctl: NOT_FOUND: no job 'abcdefgh'\n")
-    assert cmdctl("run", "no-such-program").err.startswith("cmdctl: FAILED_PRECONDITION: ")
+    refused = cmdctl("run", "no-such-program").err.splitlines()
+    assert refused[0].startswith("cmdctl: FAILED_PRECONDITION: ")
+    kept = refused[1].removeprefix("try: cmdctl get-status ")
+    assert cmdctl("get-status", "--exit-code", kept).code == 127
+    assert "failed to start" in cmdctl("get-status", kept).out.decode()
     assert cmdctl("get-status", "a b").err.startswith("cmdctl: INVALID_ARGUMENT: ")
 
 
@@ -270,24 +289,24 @@ def test_a_pipe_that_does_not_block_gets_everything(start: Callable[..., Any], c
     assert process.communicate(timeout=LIMIT_S)[1] == b""
 
 
-def on_a_terminal(jobs_box: JobsBox, *words: str) -> bytes:
+def on_a_terminal(start: Callable[..., Any], *words: str) -> bytes:
     """What a person's terminal gets."""
-    child, terminal = pty.fork()
-    if child == 0:  # pragma: no cover - the other process
-        os.execve(sys.executable, [sys.executable, "-m", "osqbox.cli.cmdctl", *words], jobs_box.environment())
+    terminal, end = pty.openpty()
+    process = start(*words, stdin=end, stdout=end, stderr=end)
+    os.close(end)
     shown = b""
     with suppress(OSError):  # Linux: EIO when the last writer has gone
         while select.select([terminal], [], [], LIMIT_S)[0] and (data := os.read(terminal, 4096)):
             shown += data
     os.close(terminal)
-    os.waitpid(child, 0)
+    assert process.wait(LIMIT_S) == 0
     return shown.replace(b"\r\n", b"\n")
 
 
-def test_a_terminal_is_not_steered_and_a_pipe_gets_every_byte(jobs_box: JobsBox, cmdctl: Cmdctl) -> None:
+def test_a_terminal_is_not_steered_and_a_pipe_gets_every_byte(start: Callable[..., Any], cmdctl: Cmdctl) -> None:
     job = cmdctl("run", "printf", r"a\033]0;title\007\302\233b\n").id
-    assert on_a_terminal(jobs_box, "get-output", job) == b"a\\x1b]0;title\\x07\\x9bb\n"
-    assert on_a_terminal(jobs_box, "get-output", "--sanitize", "never", job) == b"a\x1b]0;title\x07\xc2\x9bb\n"
+    assert on_a_terminal(start, "get-output", job) == b"a\\x1b]0;title\\x07\\x9bb\n"
+    assert on_a_terminal(start, "get-output", "--sanitize", "never", job) == b"a\x1b]0;title\x07\xc2\x9bb\n"
     assert cmdctl("get-output", job).out == b"a\x1b]0;title\x07\xc2\x9bb\n"
 
 
@@ -348,16 +367,25 @@ def test_following_goes_on_when_the_box_is_killed(tmp_path: Path) -> None:
 # ---- the other verbs -------------------------------------------------------------------------------------
 
 
+def ends_when_told(cmdctl: Cmdctl, code: int) -> str:
+    """A job that exits with ``code`` at SIGUSR1, ready for it."""
+    job = cmdctl("run", "sh", "-c", f"trap 'exit {code}' USR1; echo ready; while :; do sleep 0.05; done").id
+    until(lambda: cmdctl("get-output", "--no-follow", job).out)
+    return job
+
+
 def test_wait_and_exit_codes(cmdctl: Cmdctl) -> None:
-    job = cmdctl("run", "sh", "-c", "sleep 0.2; exit 6").id
+    job = ends_when_told(cmdctl, 6)
     assert cmdctl("wait", "--timeout", "10ms", job).code == 124
+    assert cmdctl("get-status", "--exit-code", job).code == 0
+    assert cmdctl("signal", job, "USR1").code == 0
     assert cmdctl("wait", job).code == 6
     assert cmdctl("get-status", job).code == 0
     assert cmdctl("get-status", "--exit-code", job).code == 6
 
 
 def test_suspend_resume_and_signal(cmdctl: Cmdctl) -> None:
-    job = cmdctl("run", "sh", "-c", "trap 'exit 8' USR1; while :; do sleep 0.05; done").id
+    job = ends_when_told(cmdctl, 8)
     assert cmdctl("suspend", "--json", job).json["state"] == "suspended"
     assert cmdctl("resume", job) == Done(0, b"", f"{job}: running\n")
     assert cmdctl("signal", job, "usr1").code == 0
@@ -442,7 +470,7 @@ def test_the_environment_and_the_file(
 
 def test_a_server_without_the_rest_is_told_what_is_missing(cmdctl: Cmdctl) -> None:
     done = cmdctl("list", "--server", "localhost:9090")
-    assert (done.code, "not the cert and the key and the ca" in done.err) == (3, True)
+    assert (done.code, "nothing names the cert and the key and the ca" in done.err) == (3, True)
 
 
 def test_a_key_that_others_can_read_is_refused(cmdctl: Cmdctl, alice: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ from osqbox.errors import BadSetup, BadUsage
 from osqbox.jobs.login_token import LoginToken
 from osqbox.jobs.messages import Containment, Reason, State, Status
 
-from .conftest import JobsBox
+from .conftest import JobsBox, ready_object
 
 STATUS = Status("j1", "default/alice", "root", b"ls", (b"-la",), State.RUNNING, 0.0)
 
@@ -90,6 +90,15 @@ def test_a_box_that_runs_no_jobs(run: Any, box: Any) -> None:
     result = run("job", "list")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "does not run jobs" in str(result.exception)
+
+
+def test_a_box_without_a_client_of_its_own(run: Any, box: Any, api: Any, tmp_path: Path) -> None:
+    """It was given certificates of somebody else's making, and has no key for them."""
+    ready = ready_object(api.url, tmp_path) | {"jobs": "localhost:1", "client_cert": None, "client_key": None}
+    box.update("ready", ready)
+    result = run("job", "list")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert str(result.exception) == "the server is localhost:1, but nothing names the cert and the key"
 
 
 def test_what_is_wrong_with_the_words_is_said_before_anything_is_asked(run: Any) -> None:

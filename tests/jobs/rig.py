@@ -16,7 +16,7 @@ import trio
 
 from osqbox.certs import ensure_identity, issue_client
 from osqbox.jobs.access import caller_of
-from osqbox.jobs.rpc import jobs_limits, make_jobs_app
+from osqbox.jobs.front import JobsFront, jobs_limits
 from osqbox.jobs.v1 import jobs_pb
 from osqbox.listen import Limits, Listener, current_peer, server_context
 
@@ -92,7 +92,7 @@ async def serving(pki: Pki, runner: Any = None, *, limits: Limits | None = None)
     stopping = trio.Event()
     async with open_fake_runner() as fake:
         runner = runner or fake
-        app = make_jobs_app(runner, caller=lambda: caller_of(current_peer()), stopping=stopping)  # type: ignore[arg-type]
+        app: Any = JobsFront(runner, caller=lambda: caller_of(current_peer()), stopping=stopping)  # type: ignore[arg-type]
         listener = Listener("jobs", ssl_context=pki.server_context(), app=app, limits=limits or jobs_limits())
         await listener.bind("127.0.0.1", 0)
         served = Served(pki, listener, runner, stopping)

@@ -203,6 +203,14 @@ def test_another_owners_job_is_no_job_and_a_seen_one_may_be_out_of_reach() -> No
     access.admit(access.OPERATOR, "delete", BOBS, "abc")
 
 
+@pytest.mark.parametrize("verb", access.VERBS)
+def test_without_a_grant_nothing_is_said_about_any_job(verb: str) -> None:
+    for owner in (ALICES, BOBS, None):
+        with pytest.raises(JobError) as caught:
+            access.admit(with_roles("nonsense"), verb, owner, "abc")
+        assert caught.value.code is Code.PERMISSION_DENIED
+
+
 # as whom
 
 ROOT = Unix("root", can_switch=True)

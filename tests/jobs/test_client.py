@@ -276,6 +276,26 @@ def test_list_takes_pages_until_it_has_enough(service: Service, jobs: JobClient)
     assert [each.id for each in jobs.list(states=[State.RUNNING], limit=3)] == ["j0", "j1", "j2"]
 
 
+def test_a_page_that_is_too_large_is_asked_for_in_parts(
+    service: Service, jobs: JobClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Command lines may have 2 MiB each; the channel is as good as before after each refusal."""
+    monkeypatch.setattr(grpc_h2, "MESSAGE_BYTES", 100_000)
+
+    def page(asked: list[bytes], context: Any) -> bytes:
+        request = pb.ListProcessesRequest.from_binary(asked[0])
+        first = int(request.page_token or 0)
+        last = min(first + request.page_size, 10)
+        found = [wire_status(process_id=f"j{n}", args=[bytes(40_000)]) for n in range(first, last)]
+        return pb.ListProcessesResponse(processes=found, next_page_token=str(last) if last < 10 else "").to_binary()
+
+    service.scripts["ListProcesses"] = page
+    assert [each.id for each in jobs.list(limit=50)] == [f"j{n}" for n in range(10)]
+    service.scripts["ListProcesses"] = lambda asked, context: bytes(200_000)
+    with pytest.raises(JobError, match="at most 100000 bytes, got 200000"):
+        jobs.list()
+
+
 def test_stop_signal_suspend_and_resume(service: Service, jobs: JobClient) -> None:
     service.scripts["StopProcess"] = answers(pb.StopProcessResponse(status=wire_status(), already_ended=True))
     service.scripts["SignalProcess"] = answers(wire_status())
@@ -462,7 +482,7 @@ def test_who_stops_listening_cancels_the_stream(service: Service, jobs: JobClien
         cancelled.wait(LIMIT_S)
 
     service.scripts["GetProcessOutput"] = give
-    with closing(jobs.output("j1")) as events:  # type: ignore[type-var]
+    with closing(jobs.output("j1")) as events:
         assert next(events)
     assert cancelled.wait(LIMIT_S)
 
@@ -890,7 +910,7 @@ def test_a_silent_server_is_asked_for_a_sign_of_life(
     files: Files, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that answers pings may take as long as it likes; one that does not is given up."""
-    monkeypatch.setattr(grpc_h2, "SILENCE_S", 0.1)
+    monkeypatch.setattr(grpc_h2, "SILENCE_S", 0.3)
     pinged = 0
 
     def alive(peer: RawPeer) -> None:

@@ -12,6 +12,8 @@ import httpx
 import pytest
 import trio
 
+from osqbox.jobs.v1 import jobs_pb as wire
+
 from .rig import JOBS, Pki, Served, serving, until
 
 
@@ -107,6 +109,28 @@ def test_input_streams(pki: Pki, alpn: str) -> None:
         (_, accepted), (flags, trailer) = envelopes(answer.content)
         assert (accepted, flags, trailer) == ({"acceptedBytes": "4"}, 2, {})
         assert (await client.get(f"/api/v1/jobs/{job}/output")).content == b"inin"
+
+    run(pki, alpn, scenario)
+
+
+def test_grpc_web(pki: Pki, alpn: str) -> None:
+    """What a browser speaks: the status is a last message."""
+
+    async def scenario(served: Served, client: httpx.AsyncClient) -> None:
+        def request(message: Any) -> dict[str, Any]:
+            packed = message.to_binary()
+            content = struct.pack(">BI", 0, len(packed)) + packed
+            return {"content": content, "headers": {"content-type": "application/grpc-web+proto", "x-grpc-web": "1"}}
+
+        answer = await client.post(JOBS + "RunProcess", **request(wire.RunProcessRequest(argv=["echo", "hi"])))
+        size = int.from_bytes(answer.content[1:5], "big")
+        job = wire.RunProcessResponse.from_binary(answer.content[5 : 5 + size]).process_id
+        assert answer.content[5 + size] == 0x80
+        assert b"grpc-status: 0" in answer.content[10 + size :]
+        answer = await client.post(JOBS + "GetProcessOutput", **request(wire.ProcessOutputRequest(process_id=job)))
+        assert b"hi\n" in answer.content
+        answer = await client.post(JOBS + "GetProcessStatus", **request(wire.ProcessStatusRequest(process_id="job-9")))
+        assert b"grpc-status: 5" in answer.content
 
     run(pki, alpn, scenario)
 

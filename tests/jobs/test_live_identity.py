@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import trio
 
 from osqbox import audit
 from osqbox import box as box_module
-from osqbox.box import open_box
+from osqbox.box import Box, open_box
 from osqbox.certs import issue_client, revoke
 from osqbox.clock import SystemClock
 from osqbox.jobs.v1 import jobs_pb as pb
@@ -60,6 +62,27 @@ class Client:
         self._channel.close()
 
 
+@contextlib.asynccontextmanager
+async def opened(tmp_path: Path, clock: SystemClock) -> AsyncIterator[tuple[Box, Path]]:
+    (tmp_path / "data").mkdir()
+    certs = tmp_path / "certs"
+    jobs = JobSettings(port=0)
+    settings = Settings(tmp_path / "data", certs, agents_port=0, operator_port=0, jobs=jobs, ephemeral=True)
+    with trio.fail_after(50):
+        async with open_box(settings, clock=clock) as box:
+            yield box, certs
+
+
+async def refusals(box: Box, count: int) -> set[tuple[str, str, str]]:
+    """What the audit says of refused certificates, once it says so many different things."""
+    told: set[tuple[str, str, str]] = set()
+    while len(told) < count:
+        rows = await box.store.read(lambda db: audit.rows(db, action="connection.refuse"))
+        told = {(row["actor"], row["subject"], row["result"]) for row in rows}
+        assert all(row["serial"] and row["address"] for row in rows)
+    return told
+
+
 async def in_thread(function: Any, *args: Any) -> Any:
     return await trio.to_thread.run_sync(function, *args)
 
@@ -67,14 +90,9 @@ async def in_thread(function: Any, *args: Any) -> Any:
 def test_revocation_and_expiry_end_live_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(box_module, "IDENTITY_POLL_S", 0.05)
     clock = AheadClock()
-    (tmp_path / "data").mkdir()
-    certs = tmp_path / "certs"
 
     async def scenario() -> None:
-        settings = Settings(
-            tmp_path / "data", certs, agents_port=0, operator_port=0, jobs=JobSettings(port=0), ephemeral=True
-        )
-        async with open_box(settings, clock=clock) as box:
+        async with opened(tmp_path, clock) as (box, certs):
             assert box.jobs is not None
             port = box.jobs.port
             clients = {
@@ -112,13 +130,29 @@ def test_revocation_and_expiry_end_live_streams(tmp_path: Path, monkeypatch: pyt
                 assert await in_thread(clients["kept"].ended.wait, 15)
                 assert clients["kept"].code is None
             assert box.jobs.statistics().errors == 0
+            assert await refusals(box, 2) == {
+                ("default/stolen", "jobs", "certificate_revoked"),
+                ("default/short", "jobs", "certificate_expired"),
+            }
             actors = {row["actor"] for row in box.store.peek(lambda db: audit.rows(db, action="job.run"))}
             assert actors == {"default/kept"}
             for client in clients.values():
                 client.close()
 
-    async def main() -> None:
-        with trio.fail_after(50):
-            await scenario()
+    trio.run(scenario)
 
-    trio.run(main)
+
+def test_a_certificate_with_an_unknown_role_is_told_and_written_down(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path, SystemClock()) as (box, certs):
+            assert box.jobs is not None
+            client = Client(box.jobs.port, issue_client(certs, "eve", roles=["superuser"], now=time.time()))
+            with pytest.raises(grpc.RpcError) as caught:
+                await in_thread(client.call, "ListProcesses", pb.ListProcessesRequest(), pb.ListProcessesResponse)
+            error: Any = caught.value
+            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+            assert "expected roles among runner, viewer, operator, admin, got 'superuser'" in error.details()
+            assert await refusals(box, 1) == {("default/eve", "jobs", "UNKNOWN_ROLE")}
+            client.close()
+
+    trio.run(scenario)

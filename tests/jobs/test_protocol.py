@@ -92,6 +92,10 @@ BAD: list[tuple[str, JobSpec]] = [
     ("env['A']", replace(LS, env={"A": "\0"})),
     ("env['A']", replace(LS, env={"A": "\ud800"})),
     ("env['JOB_ID']", replace(LS, env={"JOB_ID": "another's"})),
+    ("env['A']", replace(LS, env={"A": 1})),  # type: ignore[dict-item]
+    ("output_mode", replace(LS, output_mode="loud")),  # type: ignore[arg-type]
+    ("overflow", replace(LS, overflow=3)),  # type: ignore[arg-type]
+    ("limits", replace(LS, limits=None)),  # type: ignore[arg-type]
     ("run_as", replace(LS, run_as="")),
     ("run_as", replace(LS, run_as="a\nb")),
     ("limits.memory_bytes", replace(LS, limits=Limits(memory_bytes=-1))),

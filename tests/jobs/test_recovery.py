@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from osqbox.jobs import open_jobs
+from osqbox.jobs.errors import Code
 from osqbox.jobs.messages import Chunk, End, OutputRequest, Reason, State, Status
+from osqbox.jobs.orphans import end_jobs
+from osqbox.running import OWNER, ephemeral_data_dir
 
-from .runner_rig import ALICE, Rig, alive, assert_whole, data_of, in_trio, running, sha256, until, with_job_id
+from .runner_rig import ALICE, Rig, alive, assert_whole, data_of, in_trio, refused, running, sha256, until, with_job_id
 
 SERVER = """
 import json, sys, trio
@@ -175,6 +179,21 @@ def test_a_job_whose_keeper_is_killed_is_lost_and_its_tree_gone(tmp_path: Path) 
     in_trio(test)
 
 
+def test_a_lost_job_whose_log_is_damaged_as_well_still_ends(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(tmp_path) as rig:
+            job = await rig.shell("echo up; sleep 60")
+            async with rig.runner.output(job.id, ALICE) as events:
+                await anext(events)
+            os.truncate(rig.jobs / job.id / "index", 3)
+            os.kill(keeper_of(job.pid), signal.SIGKILL)
+            assert (await rig.ended(job)).state is State.LOST
+            async with refused(Code.DATA_LOSS, "LOG_DAMAGED"):
+                await rig.events(job)
+
+    in_trio(test)
+
+
 def test_a_keeper_lost_while_nobody_was_there(tmp_path: Path) -> None:
     async def test() -> None:
         with serving(tmp_path / "box") as server:
@@ -268,6 +287,41 @@ def test_a_follower_survives_its_process_by_its_offset_alone(tmp_path: Path) -> 
             async with following as rest:
                 seen += data_of([event async for event in rest])
         assert seen == b"".join(b"%05d" % n for n in range(1, 401))
+
+    in_trio(test)
+
+
+def test_jobs_of_a_box_that_is_given_up_are_ended(tmp_path: Path) -> None:
+    """Its directory goes; one has lost its keeper as well."""
+
+    async def test() -> None:
+        with serving(tmp_path / "box") as server:
+            jobs = [server.run("trap '' TERM; setsid sleep 60 & sleep 61") for _ in range(3)]
+            ended = server.run("true")["id"]
+        await until(lambda: all(len(with_job_id(job["id"])) >= 3 for job in jobs))
+        await until(lambda: not (tmp_path / "box" / "jobs" / ended / "socket").exists())
+        os.kill(keeper_of(jobs[0]["pid"]), signal.SIGKILL)
+        assert await trio.to_thread.run_sync(end_jobs, tmp_path / "box" / "jobs") == 3
+        for job in jobs:
+            assert with_job_id(job["id"]) == []
+        assert end_jobs(tmp_path / "nowhere") == 0
+
+    in_trio(test)
+
+
+def test_the_sweep_behind_a_killed_box_ends_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    left = tmp_path / f"osqbox-{os.getuid()}" / "data-left"
+
+    async def test() -> None:
+        left.mkdir(parents=True)
+        left.parent.chmod(0o700)
+        (left / OWNER).touch()
+        with serving(left) as server:
+            job = server.run("sleep 60")["id"]
+        with ephemeral_data_dir():
+            assert with_job_id(job) == []
+            assert not left.exists()
 
     in_trio(test)
 

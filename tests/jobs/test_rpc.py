@@ -135,6 +135,21 @@ def test_list_signal_wait_delete(pki: Pki) -> None:
     run(pki, scenario)
 
 
+def test_a_page_of_long_command_lines_fits_into_a_message(pki: Pki) -> None:
+    async def scenario(served: Served) -> None:
+        alice = served.client()
+        jobs = [await alice.run("true", *[b"x" * 100_000] * 9) for _ in range(6)]
+        found, token = [], ""
+        while token or not found:
+            page = await alice.ask("ListProcesses", page_token=token)
+            assert page.ByteSize() < 3_000_000
+            found += [job.process_id for job in page.processes]
+            token = page.next_page_token
+        assert found == jobs[::-1]
+
+    run(pki, scenario)
+
+
 def test_every_field_of_a_request_reaches_the_runner(pki: Pki) -> None:
     async def scenario(served: Served) -> None:
         await served.client().run(

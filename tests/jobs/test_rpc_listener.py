@@ -17,9 +17,11 @@ import h2.connection
 import pytest
 import trio
 import trustme
+from priority import DeadlockError, DuplicateStreamError, MissingStreamError, PriorityTree
 
 from osqbox.jobs.rpc import make_jobs_app
 from osqbox.listen import Listener
+from osqbox.listen.hypercorn_repairs import RoundRobin
 
 from .rig import Pki, Served, serving, until, whole
 
@@ -153,6 +155,52 @@ def test_an_application_needs_its_listener(pki: Pki) -> None:
 # how much
 
 
+def turns_until_served(scheduler: Any) -> int:
+    """Of a stream with something to say, while on every turn a new call begins and the one just served ends."""
+    scheduler.insert_stream(1)
+    for _ in range(1_000):  # it has said a lot before
+        assert next(scheduler) == 1
+    scheduler.block(1)
+    for other in range(3, 67, 2):
+        scheduler.insert_stream(other)
+    scheduler.unblock(1)
+    for turn in range(1_000):
+        served = next(scheduler)
+        if served == 1:
+            return turn
+        scheduler.remove_stream(served)
+        scheduler.insert_stream(101 + 2 * turn)
+    return 1_000
+
+
+def test_a_stream_waits_for_one_round_only() -> None:
+    """Not for whoever came later, as in the tree of priorities."""
+    assert turns_until_served(RoundRobin()) == 32
+    assert turns_until_served(PriorityTree()) == 1_000
+
+
+def test_round_robin_minds_what_it_does_not_know() -> None:
+    scheduler = RoundRobin()
+    with pytest.raises(DeadlockError):
+        next(scheduler)
+    for change in (scheduler.block, scheduler.unblock, scheduler.remove_stream):
+        with pytest.raises(MissingStreamError):
+            change(1)
+    scheduler.insert_stream(1)
+    with pytest.raises(DuplicateStreamError):
+        scheduler.insert_stream(1)
+    scheduler.block(1)
+    scheduler.block(1)
+    with pytest.raises(DeadlockError):
+        next(scheduler)
+    scheduler.unblock(1)
+    scheduler.unblock(1)
+    assert [next(scheduler), next(scheduler)] == [1, 1]
+    scheduler.remove_stream(1)
+    with pytest.raises(DeadlockError):
+        next(scheduler)
+
+
 def test_thousands_of_calls_on_one_connection(pki: Pki) -> None:
     """32 in flight all the time; the plain Hypercorn ends after the first thousand."""
     calls, in_flight = 3_200, 32
@@ -174,8 +222,32 @@ def test_thousands_of_calls_on_one_connection(pki: Pki) -> None:
             for _ in range(in_flight):
                 assert room.acquire(timeout=10)
 
-        await trio.to_thread.run_sync(work)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, work)
+            await until(lambda: len(done) > 2 * in_flight)
+            while len(done) + len(failures) < calls / 2:  # meanwhile nobody else waits for long
+                with trio.fail_after(2):
+                    other = await alice.run("sh", "-c", "echo x; sleep 0.05; echo y")
+                    assert (await alice.follow(process_id=other))[0] == b"x\ny\n"
+                    await alice.ask("DeleteProcess", process_id=other)
         assert (failures, len(done)) == ([], calls)
+        assert served.listener.statistics().accepted == 1
+
+    run(pki, scenario)
+
+
+def test_bodies_that_nobody_reads_use_up_no_window(pki: Pki) -> None:
+    """24 MB of them, of a connection whose window is 16."""
+
+    async def scenario(served: Served) -> None:
+        alice = served.client()
+        nowhere = alice.channel.unary_unary("/no.Such/Method", bytes, bytes)
+
+        def waste() -> set[grpc.StatusCode]:
+            return {nowhere.future(b"x" * 60_000, timeout=10).exception().code() for _ in range(400)}
+
+        assert await trio.to_thread.run_sync(waste) == {grpc.StatusCode.UNIMPLEMENTED}
+        assert await alice.run("true", *[b"x" * 100_000] * 20)
         assert served.listener.statistics().accepted == 1
 
     run(pki, scenario)

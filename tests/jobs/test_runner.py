@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,16 +198,20 @@ def test_a_caller_that_gives_up_leaves_the_job_running(tmp_path: Path) -> None:
 def test_the_same_key_and_request_is_the_same_job(tmp_path: Path) -> None:
     async def test() -> None:
         async with running(tmp_path) as rig:
-            found = []
+            found, states = [], set()
 
             async def run() -> None:
-                found.append((await rig.run("sleep", "60", idempotency_key="k")).id)
+                job = await rig.run("sleep", "60", idempotency_key="k")
+                found.append(job.id)
+                states.add(job.state)
 
             async with trio.open_nursery() as nursery:
                 for _ in range(10):
                     nursery.start_soon(run)
             assert len(set(found)) == 1
+            assert states == {State.RUNNING}
             assert rig.runner.statistics().running == 1
+            assert rig.runner._keys == {}
             async with refused(Code.ALREADY_EXISTS, "KEY_REUSED"):
                 await rig.run("sleep", "61", idempotency_key="k")
             other = await rig.run("sleep", "60", idempotency_key="k", caller=BOB)
@@ -263,6 +272,23 @@ def test_beyond_the_bounds_nothing_is_started_and_nothing_is_left(tmp_path: Path
     in_trio(test)
 
 
+def test_arguments_of_all_jobs_together_are_bounded_and_lists_are_short(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(tmp_path, JobBounds(args_bytes=1_500_000)) as rig:
+            words = ["x" * 100_000] * 8
+            job = await rig.run("sh", "-c", "sleep 60", "short", *words)
+            async with refused(Code.RESOURCE_EXHAUSTED, "TOO_MANY_ARGUMENTS"):
+                await rig.run("sh", "-c", "sleep 60", "short", *words)
+            for state in (State.RUNNING, State.SIGNALED):
+                (listed,) = (await rig.runner.list(ALICE)).jobs
+                assert (listed.state, listed.args) == (state, (b"-c", b"sleep 60", b"short"))
+                assert len((await rig.runner.status(job.id, ALICE)).args) == 11
+                await rig.runner.stop(job.id, ALICE, grace_s=0)
+                await rig.ended(job)
+
+    in_trio(test)
+
+
 def test_a_full_quota_starts_no_job_until_one_is_deleted(tmp_path: Path) -> None:
     async def test() -> None:
         async with running(tmp_path, JobBounds(disk_bytes=1_000_000)) as rig:
@@ -282,6 +308,74 @@ def test_a_nearly_full_disk_starts_no_job(tmp_path: Path) -> None:
             await rig.run("true")
 
     in_trio(test)
+
+
+def test_a_database_that_is_full_starts_no_job_and_forgets_no_end(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(tmp_path) as rig:
+            job = await rig.run("sleep", "60")
+            full(rig)
+            async with refused(Code.RESOURCE_EXHAUSTED, "DISK_FULL"):
+                await rig.run("true", *["x" * 100_000] * 10)
+            assert {path.name for path in rig.jobs.iterdir()} == {job.id}
+            assert rig.runner.statistics().running == 1
+            assert job.pid is not None
+            os.kill(job.pid, signal.SIGKILL)
+            await trio.sleep(0.1)
+            full(rig, pages=1_000_000)
+            assert (await rig.ended(job)).signal == 9
+
+    in_trio(test)
+
+
+def full(rig: Rig, pages: int = 1) -> None:
+    """As a disk without room would be; SQLite never goes below what it has."""
+    db = rig.store._write_db
+    assert db is not None
+    db.execute(f"PRAGMA max_page_count={pages}")
+
+
+def test_without_descriptors_jobs_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(tmp_path) as rig:
+            await rig.ended(await rig.run("true"))
+            await until(lambda: rig.runner.statistics().running == 0)
+            for spare in range(4):
+                with few_descriptors(spare), pytest.raises(JobError) as caught:
+                    await several(rig, 5)
+                assert (caught.value.code, caught.value.reason) == (Code.RESOURCE_EXHAUSTED, "NO_RESOURCES")
+                assert caught.value.retry_after_s
+                assert caught.value.job_id is not None
+                await until(partial(is_gone, rig.jobs / caught.value.job_id))
+            assert (await rig.ended(await rig.run("true"))).exit_code == 0
+
+    in_trio(test)
+
+
+async def several(rig: Rig, count: int) -> None:
+    for _ in range(count):
+        await rig.run("sleep", "60")
+
+
+def is_gone(path: Path) -> bool:
+    return not path.exists()
+
+
+@contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """So many are left to this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+    fillers = [os.open("/dev/null", os.O_RDONLY)]
+    while fillers[-1] < highest:
+        fillers.append(os.open("/dev/null", os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1 + spare, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in fillers:
+            os.close(fd)
 
 
 # who sees what
@@ -615,7 +709,7 @@ def test_a_follower_sees_each_line_as_it_is_written_and_a_late_one_everything(tm
     in_trio(test)
 
 
-def test_many_followers_of_random_bytes_all_get_the_same(tmp_path: Path) -> None:
+def test_many_followers_of_random_bytes_all_get_the_same_and_memory_stays_flat(tmp_path: Path) -> None:
     async def test() -> None:
         async with running(tmp_path) as rig:
             job = await rig.shell("sleep 0.1; head -c 8000000 /dev/urandom")
@@ -623,16 +717,28 @@ def test_many_followers_of_random_bytes_all_get_the_same(tmp_path: Path) -> None
 
             async def follow(n: int) -> None:
                 await trio.sleep(n * 0.005)
-                events = await rig.events(job)
-                assert_whole(events, 0, 8_000_000)
-                digests.append(sha256(data_of(events)))
+                digest, place = hashlib.sha256(), 0
+                async with rig.runner.output(job.id, ALICE) as events:
+                    async for event in events:
+                        if isinstance(event, Chunk):
+                            assert event.offset == place
+                            digest.update(event.data)
+                            place += len(event.data)
+                assert isinstance(event, End)
+                digests.append(digest.hexdigest())
 
+            before = resident_bytes()
             async with trio.open_nursery() as nursery:
-                for n in range(20):
+                for n in range(30):
                     nursery.start_soon(follow, n)
-            assert digests == [sha256((rig.jobs / job.id / "output").read_bytes())] * 20
+            assert resident_bytes() - before < 32_000_000
+            assert digests == [sha256((rig.jobs / job.id / "output").read_bytes())] * 30
 
     in_trio(test)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_follower_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:

@@ -49,8 +49,6 @@ def test_a_user_without_an_entry_is_called_by_its_number(monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", "/data")
     own = users.own_user()
     assert (own.name, own.uid, own.home) == ("3999999", 3_999_999, "/data")
-    assert users.user("3999999") == own
-    assert users.user("root").uid == 0
 
 
 def test_our_own_user_and_powers_are_told() -> None:
@@ -79,5 +77,4 @@ def test_a_jobs_user_that_cannot_be_is_refused_at_the_start(holding: object) -> 
 def test_the_start_line_says_what_there_is(holding: object) -> None:
     holding(SETUID | SETGID | 1 << 21)  # type: ignore[operator]
     line = users.start_line(Unix("root", can_switch=True, jobs_user="processrunner"), cgroup=False)
-    assert "jobs run as processrunner" in line
-    assert line.endswith("setuid=yes cgroup=no namespaces=yes nice=no")
+    assert line == "as processrunner or a principal of the certificate; setuid, no cgroup, namespaces, no nice"

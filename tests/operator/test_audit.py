@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
+import pytest
 import trio
 
 from osqbox import audit
@@ -54,19 +55,21 @@ def test_rows_are_found_among_many_pages_of_others(rig: Any) -> None:
     rig(test)
 
 
-def test_new_rows_are_followed_with_and_without_an_event(rig: Any, stream: Any) -> None:
+@pytest.mark.parametrize(("look_s", "emit"), [(60, True), (0.02, False)])
+def test_new_rows_are_followed_with_and_without_an_event(
+    rig: Any, stream: Any, monkeypatch: pytest.MonkeyPatch, look_s: float, emit: bool
+) -> None:
+    """At once where an event tells of them, else at the next look."""
+    monkeypatch.setattr(window, "LOOK_S", look_s)
+
     async def test(rig: Any) -> None:
         await fill(rig, 3)
         async with rig.served() as client, stream(client, f"{PATH}?follow=1&limit=1") as reader:
-            assert (await reader.object())["seq"] == 3
-            await fill(rig, 1, emit=True)
-            with trio.fail_after(window.LOOK_S / 2):
-                assert (await reader.object())["seq"] == 4
-            await fill(rig, 2)
-            with trio.fail_after(window.LOOK_S + 1):
-                assert [(await reader.object())["seq"] for _ in range(2)] == [5, 6]
-            rig.parts.stop()
-            with trio.fail_after(5):
+            with trio.fail_after(15):
+                assert (await reader.object())["seq"] == 3
+                await fill(rig, 2, emit=emit)
+                assert [(await reader.object())["seq"] for _ in range(2)] == [4, 5]
+                rig.parts.stop()
                 assert await reader.object() is None
 
     rig(test)
@@ -77,7 +80,7 @@ def test_a_followers_filter_holds_for_what_comes(rig: Any, stream: Any) -> None:
         async with rig.served() as client, stream(client, f"{PATH}?follow=1&actor=operator") as reader:
             await fill(rig, 2, emit=True)
             await fill(rig, 1, actor="operator", emit=True)
-            with trio.fail_after(5):
+            with trio.fail_after(15):
                 assert (await reader.object())["seq"] == 3
 
     rig(test)
@@ -119,7 +122,7 @@ def test_a_reader_that_leaves_stops_following(rig: Any, stream: Any) -> None:
             async with stream(client, f"{PATH}?follow=1") as reader:
                 assert await reader.line() == ""
                 assert rig.parts.feed.statistics().followers == 1
-            with trio.fail_after(5):
+            with trio.fail_after(15):
                 while rig.parts.feed.statistics().followers:
                     await trio.sleep(0.001)
 

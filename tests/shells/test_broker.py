@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from osqbox import shell_frames as frames
 from osqbox.errors import Refused
 from osqbox.shell_frames import CloseCode, FrameType, Role, Size
 from osqbox.shells.messages import EndReason, Grant, ShellBounds, State
+from osqbox.shells.recording import RecordingRules, read_cast
 
 
 def test_a_shell_from_request_to_exit(shells: Any, run: Any) -> None:
@@ -312,5 +314,237 @@ def test_a_session_that_nobody_fetches_expires(shells: Any, run: Any) -> None:
             facts = await box.state_becomes(session, State.ENDED)
             assert facts.end_reason is EndReason.EXPIRED
             assert await box.offers() == []
+
+    run(main)
+
+
+def test_viewers_that_do_not_read_harm_nobody(shells: Any, run: Any) -> None:
+    """They are gone in time, the session goes on, and stopping does not wait for them."""
+
+    async def main() -> None:
+        async with shells(ShellBounds(viewer_stall_s=0.5, hold_s=0.05)) as box:
+            session, secret = await box.offered()
+            async with (
+                box.agent(session, secret) as agent,
+                box.viewer(session) as viewer,
+                box.viewer(session, "deaf", by="bob", grant=Grant.VIEWER) as deaf,
+            ):
+                await agent.print(bytes(600_000))
+                await viewer.read(600_000)
+                while len(box.broker.session(session).viewers) > 1:
+                    await trio.sleep(0.05)
+                assert await deaf.close_code() == CloseCode.TOO_SLOW
+                await agent.print(b"on")
+                await viewer.read(600_002)
+            left = [row["result"] for row in await box.audited("shell.leave", actor="bob")]
+            assert left == ["too_slow"]
+
+    run(main)
+
+
+def test_a_slow_viewer_is_moved_forward(shells: Any, run: Any) -> None:
+    """It is told what it missed, its terminal is reset, and it goes on at the begin of a line."""
+
+    async def main() -> None:
+        async with shells(ShellBounds(lag_bytes=300_000, hold_s=0.05), rules=None) as box:
+            session, secret = await box.offered()
+            line = b"0123456789" * 7 + b"\r\n"
+            size_bytes = 20_000 * len(line)
+            async with (
+                box.agent(session, secret) as agent,
+                box.viewer(session) as fast,
+                box.viewer(session, "slow", by="bob", grant=Grant.VIEWER) as slow,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(agent.print, line * 20_000)
+                while fast.offset < size_bytes:
+                    await fast.heed()
+                    fast.shown.clear()
+                await slow.until(lambda me: me.offset == size_bytes)
+                assert slow.resets
+                assert all(end % len(line) == 0 for _, end in slow.resets)
+                assert len(slow.shown) == size_bytes - sum(end - start for start, end in slow.resets)
+                assert box.broker.statistics().skipped_bytes > 0
+
+    run(main)
+
+
+def test_the_controller_slows_the_shell_and_nobody_else_does(shells: Any, run: Any) -> None:
+    """An agent runs at most a window ahead of what the controller has acknowledged, and freely without one."""
+
+    async def main() -> None:
+        async with shells(ShellBounds(hold_s=0.05)) as box:
+            session, secret = await box.offered()
+            async with box.agent(session, secret) as agent:
+                async with box.viewer(session) as viewer, trio.open_nursery() as nursery:
+                    nursery.start_soon(agent.print, bytes(4 * 2**20))
+                    with trio.move_on_after(0.5):
+                        while True:
+                            await viewer.heed(ack=False)
+                    assert box.broker.session(session).output_bytes <= frames.AGENT_WINDOW_BYTES
+                    await viewer.socket.aclose(1001)
+                assert agent.head == 4 * 2**20
+
+    run(main)
+
+
+def test_a_viewer_that_is_further_back_is_served_from_the_recording(shells: Any, run: Any) -> None:
+    async def main() -> None:
+        data = os.urandom(3 * 2**20)
+        async with shells(ShellBounds(ring_bytes=2**18, hold_s=0.05)) as box:
+            session, secret = await box.offered()
+            async with box.agent(session, secret) as agent:
+                await agent.print(data)
+                while box.broker.session(session).output_bytes < len(data):
+                    await trio.sleep(0.01)
+                async with (
+                    box.viewer(session, resume=5) as viewer,
+                    box.viewer(session, "c2", grant=Grant.VIEWER) as newcomer,
+                ):
+                    assert (viewer.welcome.floor, viewer.welcome.offset) == (0, 5)
+                    assert await viewer.read(len(data) - 5) == data[5:]
+                    assert newcomer.welcome.offset == len(data) - 256 * 1024
+
+    run(main)
+
+
+def test_a_flood_of_input_is_queued_and_never_cut(shells: Any, run: Any) -> None:
+    """1 MiB goes at once; what is beyond comes at the rate, whole."""
+    paste = os.urandom(300_000)
+
+    async def main() -> None:
+        bounds = ShellBounds(input_bytes_per_s=200_000, input_burst_bytes=100_000, hold_s=0.05)
+        async with shells(bounds) as box:
+            session, secret = await box.offered()
+            async with (
+                box.agent(session, secret) as agent,
+                box.viewer(session) as viewer,
+                trio.open_nursery() as nursery,
+            ):
+                began = trio.current_time()
+                nursery.start_soon(viewer.type, paste)
+                assert await agent.read_typed(len(paste)) == paste
+                assert trio.current_time() - began > 0.9
+
+    run(main)
+
+
+def test_resize_storms_end_with_the_right_size(shells: Any, run: Any) -> None:
+    async def main() -> None:
+        async with shells(ShellBounds(hold_s=0.05)) as box:
+            session, secret = await box.offered()
+            async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
+                for cols in range(20, 220):
+                    await viewer.send(frames.resize(Size(cols, 50)))
+                while not agent.sizes or agent.sizes[-1] != Size(219, 50):
+                    await agent.heed()
+                assert len(agent.sizes) < 20
+
+    run(main)
+
+
+@pytest.mark.parametrize("reason", [EndReason.IDLE, EndReason.MAX_TIME])
+def test_idle_and_maximum_time(shells: Any, run: Any, reason: EndReason) -> None:
+    """With a notice before the end."""
+    limits = {EndReason.IDLE: {"idle_s": 1.2}, EndReason.MAX_TIME: {"max_s": 1.2}}[reason]
+
+    async def main() -> None:
+        async with shells(ShellBounds(hold_s=0.05, **limits)) as box:
+            session, secret = await box.offered()
+            async with box.agent(session, secret), box.viewer(session) as viewer:
+                assert (await viewer.read_exit()).reason == reason
+                assert [notice.code for notice in viewer.notices] == [reason]
+
+    run(main)
+
+
+def test_half_open_connections_are_found(shells: Any, run: Any, monkeypatch: Any) -> None:
+    """An agent that answers no ping is detached, a viewer is closed."""
+    monkeypatch.setattr("osqbox.shells.session.PING_INTERVAL_S", 0.3)
+    monkeypatch.setattr("osqbox.shells.session.PEER_LOST_S", 0.9)
+
+    async def main() -> None:
+        async with shells(ShellBounds(hold_s=0.05)) as box:
+            session, secret = await box.offered()
+            async with (
+                box.agent(session, secret) as agent,
+                box.viewer(session) as viewer,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(viewer.until, lambda me: bool(me.notices))
+                assert await agent.close_code() == CloseCode.TOO_SLOW
+                await box.state_becomes(session, State.DETACHED)
+                assert await viewer.close_code() == CloseCode.TOO_SLOW
+
+    run(main)
+
+
+def test_the_box_stops_with_stalled_peers(shells: Any, run: Any) -> None:
+    """Neither a viewer nor an agent that has stopped reading holds it up."""
+
+    async def main() -> None:
+        async with shells(ShellBounds(hold_s=0.05)) as box:
+            session, secret = await box.offered()
+            async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
+                await agent.print(bytes(900_000))
+                await viewer.send(frames.data_in(0, bytes(60_000)))
+                await trio.sleep(0.2)
+                began = trio.current_time()
+                await box.broker.stop()
+                await box.listener.drain()
+                assert trio.current_time() - began < 3
+
+    run(main)
+
+
+def test_titles_are_filtered(shells: Any, run: Any) -> None:
+    async def main() -> None:
+        async with shells(ShellBounds(hold_s=0.05)) as box:
+            session, secret = await box.offered()
+            async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
+                await agent.send(frames.Frame(FrameType.TITLE, 0, b"vim\x1b]52;c;eA==\x07\x9b\xe2\x80\xae"))
+                title = await viewer.next(FrameType.TITLE)
+                assert title.payload.decode() == box.broker.session(session).title
+                assert title.payload.decode().isprintable()
+
+    run(main)
+
+
+def test_a_strict_recording_that_fails_ends_the_session(shells: Any, run: Any) -> None:
+    async def main() -> None:
+        rules = RecordingRules(strict=True, max_bytes=1000, reserve_bytes=0)
+        async with shells(ShellBounds(hold_s=0.05), rules=rules) as box:
+            session, secret = await box.offered()
+            async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
+                await agent.print(bytes(2000))
+                assert (await viewer.read_exit()).reason == EndReason.RECORDING_FAILED
+                assert [notice.code for notice in viewer.notices] == ["recording_failed"]
+                await agent.next(FrameType.EXIT)
+
+    run(main)
+
+
+def test_recordings_say_who_was_there_and_are_kept_by_retention(shells: Any, run: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with shells(ShellBounds(hold_s=0.05, recordings_age_s=0)) as box:
+            session, secret = await box.offered(record_input=True)
+            async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
+                await viewer.type(b"ls\r")
+                await agent.read_typed(3)
+                await agent.print(b"ok")
+                await viewer.read(2)
+                await agent.exit(code=0)
+                await viewer.read_exit()
+            while not (rows := await box.audited("shell.recording")):
+                await trio.sleep(0.05)
+            folder = box.broker.recording_directory(session)
+            with (folder / "cast").open("rb") as lines:
+                told = [(event.code, event.data) for event in read_cast(lines).events]
+            assert ("m", "alice joined as controller") in told
+            assert ("i", "ls\r") in told
+            assert rows[0]["data"]["sha256"] == hashlib.sha256(b"ok").hexdigest()
+            await box.broker.prune_recordings()
+            assert not folder.exists()
+            assert [row["result"] for row in await box.audited("shell.recording")] == ["kept", "deleted"]
 
     run(main)

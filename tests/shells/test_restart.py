@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ from osqbox.shells.recording import read_cast
 QUICK = ShellBounds(hold_s=0.05)
 
 
-@pytest.mark.parametrize("record", [True, False])
-def test_a_session_survives_a_restart(shells: Any, run: Any, tmp_path: Path, record: bool) -> None:
+@pytest.mark.parametrize(("record", "killed"), [(True, False), (False, False), (True, True)])
+def test_a_session_survives_a_restart(shells: Any, run: Any, tmp_path: Path, record: bool, killed: bool) -> None:
     """Output is contiguous for the viewer and in the recording; input on its way is typed once."""
 
     async def main() -> None:
@@ -41,6 +44,8 @@ def test_a_session_survives_a_restart(shells: Any, run: Any, tmp_path: Path, rec
                 await box.broker.stop()
                 assert await viewer.close_code() == CloseCode.GOING_AWAY
                 assert await agent.close_code() == CloseCode.GOING_AWAY
+        if killed:
+            forget_the_end(tmp_path)
         async with shells(QUICK) as box:
             assert box.broker.session(session).state is State.DETACHED
             async with trio.open_nursery() as nursery:
@@ -71,6 +76,36 @@ def test_a_session_survives_a_restart(shells: Any, run: Any, tmp_path: Path, rec
                 places = [event.spool for event in read_cast(lines).events if event.code == "o"]
             assert b"".join(spool[place[0] : place[1]] for place in places if place) == before + after
             assert sorted(path.name for path in folder.iterdir()) == ["bytes", "cast"]
+
+    run(main)
+
+
+def forget_the_end(folder: Path) -> None:
+    """Rows as a box that was killed leaves them."""
+    db = sqlite3.connect(folder / "osqbox.db")
+    db.execute("UPDATE shells_sessions SET state = 'open', output_bytes = 0")
+    db.commit()
+    db.close()
+
+
+def test_without_a_recording_a_crash_costs_output_and_says_so(shells: Any, run: Any, tmp_path: Path) -> None:
+    """Nothing was kept, so the viewer is told what it missed; from there on it is exact."""
+
+    async def main() -> None:
+        async with shells(QUICK) as box:
+            session, secret = await box.offered(record=False)
+            async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
+                resume = agent.welcome.resume
+                await agent.print(b"before")
+                await viewer.read(6)
+                await box.broker.stop()
+        forget_the_end(tmp_path)
+        async with shells(QUICK) as box, box.agent(session, resume=resume, head=100) as agent:
+            assert agent.welcome.wanted == 100
+            async with box.viewer(session, resume=6) as viewer:
+                await agent.print(b"after")
+                assert await viewer.read(5) == b"after"
+                assert viewer.resets == [(6, 100)]
 
     run(main)
 
@@ -131,29 +166,24 @@ typists = st.sampled_from([("alice", "c1"), ("alice", "c2"), ("bob", "ü")])
 
 @given(st.lists(st.tuples(typists, st.integers(1, 20), st.booleans()), max_size=30), st.data())
 def test_the_journal_knows_from_where_to_send_again(typed: list[Any], data: st.DataObject) -> None:
-    """Whatever arrived, everybody's missing input is exactly what did not."""
-    import tempfile
-
+    """Whatever arrived, everybody goes on at the first byte of theirs that did not."""
     with tempfile.TemporaryDirectory() as folder, InputJournal(Path(folder)) as journal:
-        head, counts = 0, dict.fromkeys([("alice", "c1"), ("alice", "c2"), ("bob", "ü")], 0)
-        owners: list[Any] = []
+        head, counts = 0, Counter[Any]()
+        places: list[tuple[Any, int, int]] = []
         for key, size, dropped in typed:
-            counts[key] += size
             if not dropped:
-                owners += [key] * size
+                places += [(key, counts[key] + index, head + index) for index in range(size)]
                 head += size
+            counts[key] += size
             journal.note(head, key, counts[key])
         arrived = data.draw(st.integers(0, head))
-        received = journal.received(arrived)
-        if arrived == head:
-            assert received == {key: count for key, count in counts.items() if count}
-        else:
-            for key, count in received.items():
-                missing = owners[arrived:].count(key)
-                assert count <= counts[key]
-                assert counts[key] - count >= missing
-        journal.restart(arrived, received)
-        assert journal.received(arrived) == received
+        expected = {
+            key: min((own for owner, own, place in places if owner == key and place >= arrived), default=count)
+            for key, count in counts.items()
+        }
+        assert journal.received(arrived) == expected
+        journal.restart(arrived, expected)
+        assert journal.received(arrived) == expected
 
 
 def test_a_record_that_was_cut_off_is_no_record(tmp_path: Path) -> None:

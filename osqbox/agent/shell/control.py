@@ -30,6 +30,7 @@ LONGEST_PAUSE_S = 60.0
 HELD_S = 1.0
 """An answer that took so long was held: ask again at once."""
 MAX_SESSIONS = 16
+MAX_TASKS_2018 = 64
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 
@@ -143,8 +144,11 @@ class Sessions:
         return True
 
     def start_2018(self, offer: Offer) -> None:
-        """A session listed twice is opened twice."""
+        """A session listed twice is opened twice; shells that lost their broker run on, and count."""
         assert self._nursery is not None
+        if len(self._nursery.child_tasks) >= MAX_TASKS_2018:
+            self._on_event("shell_ended", {"session": offer.session, "reason": "too many are open"})
+            return
         self._nursery.start_soon(self._run_2018, offer, self._nursery)
 
     async def _run_one(self, offer: Offer) -> None:

@@ -83,6 +83,7 @@ Status object::
 ``stdout_bytes`` and ``stderr_bytes`` count what the job wrote, dropped bytes included (all mixed output is stdout);
 ``output_bytes`` is the length of the log; ``index_bytes`` counts the head.
 
+Spared leftovers (``keep_leftovers``) stay in ``cgroups``, which ``cgroups.remove_empty`` removes once they have ended.
 After the keeper's own death (``socket`` refuses and ``status.json`` has not ended) the leader is dead too;
 ``tree.end_orphans(job_id, cgroups)`` ends the rest. ``capabilities.capabilities()`` says what this machine can do.
 """

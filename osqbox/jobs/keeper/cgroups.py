@@ -112,7 +112,7 @@ class Group:
 
     def remove(self) -> None:
         """What still has members stays in ``directories``."""
-        self.directories = [directory for directory in self.directories if not _remove(directory)]
+        self.directories = remove_empty(self.directories)
 
 
 def make_group(hierarchies: Hierarchies, job_id: str, limits: Limits) -> Group:
@@ -144,6 +144,11 @@ def kill_and_remove(directories: list[str], limit_s: float) -> int:
             _kill(directory)
             select.select((), (), (), 0.005)  # v1 has no event for an empty group
     return len(members)
+
+
+def remove_empty(directories: list[str]) -> list[str]:
+    """For the box, behind a job whose leftovers were spared; returns those that still have members."""
+    return [directory for directory in directories if not _remove(directory)]
 
 
 def _v2_home(hierarchies: Hierarchies, wanted: list[str]) -> str | None:

@@ -29,6 +29,8 @@ OOM_SCORE = b"500"
 """The job dies before the box and its keeper."""
 START_LIMIT_MS = 30_000
 """For everything up to execve, which a dead network file system can hold up."""
+MAX_FDS = 4096
+"""Ours are few, and close-on-exec besides; kernels before 5.9 close these one by one."""
 NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
 
 Rlimit = tuple[int, int, int]
@@ -208,11 +210,13 @@ def _become_job(
         for number, fd in enumerate(stdio):
             os.dup2(fd, number)
         os.closerange(3, status)
-        os.closerange(status + 1, 1 << 30)
+        os.closerange(status + 1, MAX_FDS)
         step = "exec"
         _exec(spec)
     except OSError as error:
         _report(status, step, error.errno or errno.EIO, error.strerror or "")
+    except MemoryError:  # a limit too small even for this
+        _report(status, step, errno.ENOMEM, os.strerror(errno.ENOMEM))
     except BaseException as error:  # noqa: BLE001 -- nothing may get past here: this is a copy of the keeper
         _report(status, step, errno.EINVAL, repr(error))
     finally:
@@ -256,13 +260,15 @@ def _exec(spec: Spec) -> None:
         os.execve(spec.command, spec.argv, spec.env)
     refusal = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     for directory in spec.env.get(b"PATH", b"").split(b":"):
+        file = os.path.join(directory or b".", spec.command)
         try:
-            os.execve(os.path.join(directory or b".", spec.command), spec.argv, spec.env)
+            os.execve(file, spec.argv, spec.env)
+        except PermissionError as error:
+            if os.path.exists(file):  # else it is the directory that may not be searched
+                refusal = error
         except OSError as error:
             if error.errno not in NOT_FOUND:
-                refusal = error
-                if error.errno != errno.EACCES:
-                    break
+                raise
     raise refusal
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from . import tree
 from .cgroups import Group, Hierarchies, make_group
-from .child import Job, launch
+from .child import PIPE_BYTES, Job, launch
 from .clients import Client, Clients
 from .input import Input
 from .log import Log
@@ -312,13 +312,8 @@ class Keeper:
     def _send(self, number: int, *, leader_only: bool) -> None:
         """The leader is not reaped yet, so both numbers are still ours."""
         assert self.job is not None
-        try:
-            if leader_only:
-                os.kill(self.job.pid, number)
-            else:
-                os.killpg(self.job.pid, number)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            (os.kill if leader_only else os.killpg)(self.job.pid, number)
 
     def _freeze(self, *, frozen: bool) -> None:
         if self.group.freeze(frozen):
@@ -376,8 +371,9 @@ class Keeper:
         """Somebody still holds the pipes: what they hold now, and no more."""
         assert self.job is not None
         for stream, fd in list(self.job.outputs.items()):
-            for _ in range(8):
-                self._read(stream, fd)
+            for _ in range(PIPE_BYTES // READ_BYTES):
+                if stream in self.job.outputs:
+                    self._read(stream, fd)
             if stream in self.job.outputs:
                 self.status.output_drained = False
                 self._close_output(stream, fd)

@@ -77,7 +77,7 @@ def zygote_command(control_fd: int) -> list[str]:
     from pathlib import Path
 
     root = str(Path(__file__).resolve().parents[3])
-    start = f"import sys; sys.path.insert(0, {root!r}); from osqbox.jobs.keeper.zygote import main; main({control_fd})"
+    start = f"import sys; sys.path.append({root!r}); from osqbox.jobs.keeper.zygote import main; main({control_fd})"
     return [sys.executable, "-I", "-S", "-c", start]
 
 

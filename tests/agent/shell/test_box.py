@@ -51,6 +51,8 @@ class Operator:
         if frame.type is FrameType.DATA_OUT:
             self.shown += frame.payload
             await self._to_broker.send(frames.ack(frame.offset + len(frame.payload)))
+        elif frame.type is FrameType.HELLO:
+            self._typed = frames.parse(frame, frames.ViewerWelcome).input
         elif frame.type is FrameType.PING:
             await self._to_broker.send(frames.pong(frame))
         elif frame.type is FrameType.EXIT:
@@ -183,8 +185,8 @@ def test_a_real_shell_from_request_to_exit_code(in_house: Callable[..., None]) -
             await trio.sleep(0.3)  # the broker waits for the end of a storm of sizes
             await operator.type("stty size\r")
             await operator.sees("20 90")
-            await operator.type("sleep 600\r")
-            await trio.sleep(0.2)
+            await operator.type("sh -c \"echo go''ing; exec sleep 600\"\r")
+            await operator.sees("going\r\n")
             await operator.type("\x03")
             await operator.type("exit 7\r")
             await operator.until(lambda me: me.exit is not None)
@@ -243,7 +245,7 @@ def test_a_key_that_became_invalid_is_replaced_and_shells_go_on(in_house: Callab
         async with house.shell(house.nodes()[-1]) as (_, operator):
             await operator.sees("# ")
 
-    in_house(test, read_hold_s=0.5)
+    in_house(test, read_hold_s=1.1)
 
 
 def test_without_control_nothing_is_asked_and_a_box_without_shells_is_told_of_once(

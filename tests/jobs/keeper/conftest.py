@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 from osqbox.jobs.keeper import tree, wire
+from osqbox.jobs.keeper.cgroups import find_hierarchies
 
 LIMIT_S = 20.0
 PATH = os.environ["PATH"]
@@ -123,21 +125,34 @@ class Kept:
         return tree.with_job_id(self.id)
 
 
-class Keepers:
-    def __init__(self, directory: Path, python: str | None = None, **popen: Any) -> None:
-        self.directory = directory
+class Zygote:
+    def __init__(self, python: str | None = None, before: str = "", **popen: Any) -> None:
+        """`before`: code that it runs first, to make its world another one."""
         self.sock, theirs = wire.zygote_sockets()
         with theirs:
-            command = wire.zygote_command(theirs.fileno())
+            *command, code = wire.zygote_command(theirs.fileno())
             self.process = subprocess.Popen(
-                [python or command[0], *command[1:]],
+                [python or command[0], *command[1:], code.replace("; from", f"; {before or 'pass'}; from")],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 env={},
                 **popen,
             )
+
+    def close(self) -> int:
+        self.sock.close()
+        return self.process.wait(LIMIT_S)
+
+
+class Keepers:
+    """The jobs of one test."""
+
+    def __init__(self, directory: Path, zygote: Zygote) -> None:
+        self.directory, self.zygote = directory, zygote
+        self.sock, self.process = zygote.sock, zygote.process
         self.started: list[Kept] = []
+        self.waits = 0
 
     def run(self, script: str | None = None, *, directory: Path | None = None, **spec: Any) -> Kept:
         """`script` by sh; or `command` and `args`."""
@@ -147,50 +162,85 @@ class Keepers:
         command = {} if script is None else {"command": "sh", "args": ["-c", script]}
         fd = os.open(directory, os.O_RDONLY)
         try:
-            sock = wire.spawn(
-                self.sock, {"id": job_id, "env": {"PATH": PATH}, "cwd": "/", "stop_grace_s": 5.0} | command | spec, fd
-            )
+            spec = {"id": job_id, "env": {"PATH": PATH}, "cwd": "/", "stop_grace_s": 5.0} | command | spec
+            while (sock := self._spawn(spec, fd)) is None:
+                assert select.select((), (self.sock,), (), LIMIT_S)[1]
         finally:
             os.close(fd)
         kept = Kept(job_id, directory, sock)
         self.started.append(kept)
         return kept
 
+    def _spawn(self, spec: dict[str, Any], directory: int) -> socket.socket | None:
+        """None when the zygote is behind."""
+        try:
+            return wire.spawn(self.sock, spec, directory)
+        except BlockingIOError:
+            self.waits += 1
+            return None
+
     def close(self) -> None:
         """No process of any test is left."""
         for kept in self.started:
             kept.sock.close()
             with contextlib.suppress(ProcessLookupError, FileNotFoundError, KeyError):
-                if not kept.status.get("ended_at"):
-                    os.kill(kept.keeper_pid, signal.SIGKILL)
+                keeper = kept.keeper_pid
+                if Path(f"/proc/{keeper}/comm").read_text() == "osqbox-keeper\n" and not kept.status.get("ended_at"):
+                    os.kill(keeper, signal.SIGKILL)
             if kept.status.get("ended_at") is None or kept.status.get("leftover_processes"):
                 tree.end_orphans(kept.id, kept.status.get("cgroups", []))
-        self.sock.close()
-        self.process.wait(LIMIT_S)
+
+
+CGROUP_1 = (
+    "import osqbox.jobs.keeper.cgroups as c; found = c.find_hierarchies(); "
+    "c.find_hierarchies = lambda: c.Hierarchies([], found.v1)"
+)
+OLD_KERNEL = (
+    "import osqbox.jobs.keeper.cgroups as c; write = c._write; "
+    "c._write = lambda file, value: not file.endswith('/cgroup.kill') and write(file, value)"
+)
+WORLDS = {"cgroup": "", "process_group": "", "cgroup1": CGROUP_1, "without cgroup.kill": OLD_KERNEL}
+
+
+@pytest.fixture(scope="session")
+def zygotes() -> Iterator[Callable[[str], Zygote]]:
+    """One for each world, for all tests."""
+    made: dict[str, Zygote] = {}
+
+    def get(world: str) -> Zygote:
+        return made.get(world) or made.setdefault(world, Zygote(before=WORLDS[world]))
+
+    yield get
+    assert [zygote.close() for zygote in made.values()] == [0] * len(made)
 
 
 @pytest.fixture
-def keepers(tmp_path: Path) -> Iterator[Keepers]:
-    keepers = Keepers(tmp_path)
+def keepers(tmp_path: Path, request: pytest.FixtureRequest, zygotes: Callable[[str], Zygote]) -> Iterator[Keepers]:
+    callspec = getattr(request.node, "callspec", None)
+    world = str((callspec and callspec.params.get("containment")) or "cgroup")
+    if world == "cgroup1" and "freezer" not in find_hierarchies().v1:
+        pytest.skip("no writable v1 freezer")
+    keepers = Keepers(tmp_path, zygotes(world))
     yield keepers
     keepers.close()
-    assert keepers.process.returncode == 0
 
 
 @pytest.fixture
 def make_keepers(tmp_path: Path) -> Iterator[Callable[..., Keepers]]:
+    """With a zygote of its own, which a test may treat as it likes."""
     made: list[Keepers] = []
 
-    def make(**popen: Any) -> Keepers:
-        made.append(Keepers(tmp_path, **popen))
+    def make(**words: Any) -> Keepers:
+        made.append(Keepers(tmp_path, Zygote(**words)))
         return made[-1]
 
     yield make
     for keepers in made:
         keepers.close()
+        keepers.zygote.close()
 
 
-@pytest.fixture(params=[None, "process_group"], ids=["cgroup", "process_group"])
+@pytest.fixture(params=list(WORLDS))
 def containment(request: pytest.FixtureRequest) -> str | None:
-    """Both ways to end a tree; the first is the second where no cgroup is writable."""
-    return request.param
+    """Every way to end a tree, for `keepers.run`; all are the last where no cgroup is writable."""
+    return "process_group" if request.param == "process_group" else None

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from osqbox.jobs.keeper import tree
+from osqbox.jobs.keeper.cgroups import remove_empty
+
 ENDS = [
     ("exit 0", "exited", 0, None),
     ("exit 3", "exited", 3, None),
@@ -48,6 +51,18 @@ def test_short_jobs_lose_nothing(keepers: Any) -> None:
             assert (ended["state"], ended["exit_code"], ended["output_bytes"]) == ("exited", 3, 1)
             assert kept.output == b"x"
             assert [record[:3] for record in kept.records] == [(0, 1, 0)]
+
+
+def test_many_at_once(keepers: Any) -> None:
+    """More than the zygote takes at a time: whoever waits for it loses nothing."""
+    args = ["x" * 1000] * 50
+    jobs = [keepers.run(command="sh", args=["-c", "read x; exit 4", *args], stdin=True) for _ in range(150)]
+    for kept in jobs:
+        kept.until_running()
+    assert len({kept.status["pid"] for kept in jobs}) == 150
+    for kept in jobs:
+        kept.send("input", eof=True)
+    assert {kept.end()["exit_code"] for kept in jobs} == {4}
 
 
 def test_streams_are_kept_apart_or_mixed(keepers: Any) -> None:
@@ -93,6 +108,7 @@ def test_a_background_child_does_not_keep_a_job_alive(keepers: Any, containment:
     assert not any(Path(group).exists() for group in kept.status["cgroups"])
 
 
+@pytest.mark.parametrize("containment", [None, "process_group"])
 def test_leftovers_are_spared_on_request(keepers: Any, containment: str | None) -> None:
     started = time.monotonic()
     kept = keepers.run("sleep 60 & echo x", keep_leftovers=True, containment=containment)
@@ -100,6 +116,9 @@ def test_leftovers_are_spared_on_request(keepers: Any, containment: str | None) 
     assert 1.9 < time.monotonic() - started < 4
     assert (ended["exit_code"], ended["output_drained"], ended["leftover_processes"]) == (0, False, 1)
     assert len(kept.family()) == 1
+    assert remove_empty(ended["cgroups"]) == ended["cgroups"]
+    tree.end_orphans(kept.id, [])
+    assert remove_empty(ended["cgroups"]) == []
 
 
 def test_spared_leftovers_that_let_go_of_the_pipes_end_the_job_at_once(keepers: Any) -> None:

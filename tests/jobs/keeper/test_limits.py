@@ -14,6 +14,7 @@ import pytest
 
 from osqbox.jobs.keeper import cgroups
 from osqbox.jobs.keeper.capabilities import capabilities
+from osqbox.jobs.keeper.spec import Limits
 
 MIB = 1024 * 1024
 
@@ -168,3 +169,41 @@ def test_hierarchies_of_every_kind(tmp_path: Path) -> None:
     assert gone.v2 == [str(mount)]
     nothing = found("", "")
     assert (nothing.v2, nothing.v1) == ([], {})
+
+
+def test_a_host_with_controllers_in_v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the files of such a host would be: the nearest directory that offers the controllers takes the job."""
+    home, own = tmp_path, tmp_path / "own"
+    own.mkdir()
+    (home / "cgroup.subtree_control").write_text("cpu memory pids")
+    (own / "cgroup.subtree_control").write_text("")
+    mkdir = os.mkdir
+
+    def mkdir_as_a_kernel(path: str, mode: int) -> None:
+        mkdir(path, mode)
+        for name in ("cgroup.procs", "memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max"):
+            Path(path, name).touch()
+
+    monkeypatch.setattr(os, "mkdir", mkdir_as_a_kernel)
+    hierarchies = cgroups.Hierarchies([str(own), str(home)], {})
+    limits = Limits({"memory_bytes": 1000, "cpu_cores": 1.5, "processes": 7})
+    group = cgroups.make_group(hierarchies, "j" * 8, limits)
+    made = home / f"{cgroups.PREFIX}{'j' * 8}"
+    assert (group.directory, group.directories, group.is_v2) == (str(made), [str(made)], True)
+    assert group.enforced == ["memory:cgroup2", "cpu:cgroup2", "processes:cgroup2"]
+    values = {file.name: file.read_text() for file in made.iterdir() if file.stat().st_size}
+    quota = "150000 100000"
+    assert values == {
+        "memory.max": "1000", "memory.swap.max": "0", "memory.oom.group": "1", "cpu.max": quota, "pids.max": "7"
+    }  # fmt: skip
+    (made / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    assert group.oom_kills() == 2
+    assert cgroups.make_group(hierarchies, "k" * 8, Limits({})).directory == str(own / f"{cgroups.PREFIX}{'k' * 8}")
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 4096, 100_000])
+def test_far_too_little_memory_is_an_end_and_no_hang(keepers: Any, containment: str | None, memory_bytes: int) -> None:
+    ended = keepers.run("echo never", limits={"memory_bytes": memory_bytes}, containment=containment).end()
+    assert ended["state"] in ("failed_to_start", "signaled", "exited")
+    assert ended["exit_code"] != 0
+    assert ended["cgroups"] == []

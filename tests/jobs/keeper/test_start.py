@@ -208,6 +208,14 @@ def test_path_is_searched_past_what_does_not_fit(keepers: Any, tmp_path: Path) -
     assert refused.end()["errno"] == errno.EACCES
 
 
+@needs_root
+def test_a_directory_of_path_that_may_not_be_searched_hides_what_is_in_it(keepers: Any, tmp_path: Path) -> None:
+    (tmp_path / "tool").touch(0o755)
+    tmp_path.chmod(0o700)
+    kept = keepers.run(command="tool", env={"PATH": str(tmp_path)}, user={"uid": 65534, "gid": 65534, "groups": []})
+    assert kept.end()["errno"] == errno.ENOENT
+
+
 def test_without_privileges_another_user_is_refused(make_keepers: Callable[..., Any], tmp_path: Path) -> None:
     if not ROOT:
         keepers = make_keepers()

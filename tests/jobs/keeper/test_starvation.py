@@ -16,6 +16,12 @@ from osqbox.jobs.keeper.cgroups import find_hierarchies
 
 
 @pytest.fixture
+def keepers(make_keepers: Callable[..., Any]) -> Any:
+    """With a zygote that nobody else uses."""
+    return make_keepers()
+
+
+@pytest.fixture
 def few_processes(keepers: Any) -> Iterator[Callable[[int], None]]:
     """The zygote and all it starts, limited in number."""
     home = find_hierarchies().v1.get("pids")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from osqbox.jobs.keeper.capabilities import capabilities
 
 STUBBORN = """
 trap '' TERM
@@ -37,7 +40,7 @@ def test_a_stubborn_tree_is_gone_after_stop(keepers: Any, containment: str | Non
         "stopped",
         "alice",
     )
-    assert ended["containment"] == ("process_group" if containment else "cgroup")
+    assert ended["containment"] == (containment or capabilities()["containment"])
     assert ended["cgroups"] == []
 
 
@@ -46,6 +49,32 @@ def test_a_fork_storm_is_gone_after_stop(keepers: Any, containment: str | None) 
     kept = keepers.run(f"({fork}) & ({fork}) & echo storm; sleep 60", containment=containment)
     kept.until_output(b"storm")
     assert kept.ask("stop", signal=9)["ok"]
+    assert kept.end()["signal"] == 9
+    assert kept.family() == set()
+
+
+BOMB = """
+import os
+print("up", flush=True)
+while True:
+    try:
+        if os.fork() == 0:
+            os.setsid()
+        os.waitpid(-1, os.WNOHANG)
+    except OSError:
+        pass
+"""
+
+
+def test_a_fork_bomb_is_gone_after_stop(keepers: Any) -> None:
+    """Each with a session of its own, as many as its limit allows, and always trying."""
+    if not capabilities()["pids"]:
+        pytest.skip("no writable pids cgroup to hold it")
+    kept = keepers.run(command=sys.executable, args=["-I", "-S", "-c", BOMB], limits={"processes": 30})
+    kept.until_output(b"up")
+    time.sleep(0.3)
+    assert len(kept.family()) > 10
+    kept.ask("stop", signal=9)
     assert kept.end()["signal"] == 9
     assert kept.family() == set()
 

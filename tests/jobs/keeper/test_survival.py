@@ -62,13 +62,13 @@ def test_a_job_outlives_a_killed_box(tmp_path: Path) -> None:
     assert (tmp_path / "output").read_bytes() == b"up\ndone\n"
 
 
-def test_keepers_outlive_the_zygote(keepers: Any, tmp_path: Path) -> None:
+def test_keepers_outlive_the_zygote(make_keepers: Callable[..., Any], tmp_path: Path) -> None:
+    keepers = make_keepers()
     kept = keepers.run(SCRIPT, cwd=str(tmp_path)).until_output(b"up")
     keepers.process.kill()
     keepers.process.wait(5)
     (tmp_path / "go").touch()
     assert kept.end()["exit_code"] == 8
-    keepers.process.returncode = 0  # what the fixture expects of a zygote that was let go
 
 
 def test_the_zygote_ends_with_its_box_and_leaves_no_zombies(make_keepers: Callable[..., Any]) -> None:
@@ -135,12 +135,21 @@ def test_an_end_that_the_disk_does_not_take_waits_for_somebody(keepers: Any) -> 
     assert kept.until(lambda message: "ended" in message)["ended"]["exit_code"] == 7
 
 
-def test_a_bug_in_the_keeper_leaves_no_job_unwatched(keepers: Any) -> None:
-    """A call is never able to raise; what does is caught where the loop ends. Made by a call with an odd number."""
-    kept = keepers.run("sleep 60").until_running()
-    kept.sock.sendall(b'{"call": {"a": [1]}, "do": ["x"]}\n')
-    assert kept.until(lambda message: "error" in message)["call"] == {"a": [1]}
-    assert kept.ask("status")["ok"]
+BUG = (
+    "import osqbox.jobs.keeper.keeper as k; call = k.Keeper._do; "
+    "k.Keeper._do = lambda self, client, number, message: 1 / 0 if message.get('do') == 'bug' else "
+    "call(self, client, number, message)"
+)
+
+
+def test_a_bug_in_the_keeper_leaves_no_job_unwatched(make_keepers: Callable[..., Any]) -> None:
+    """Everything ends, and says why."""
+    kept = make_keepers(before=BUG).run("setsid sleep 60 & echo up; sleep 60", stdin=True).until_output(b"up")
+    kept.send("bug")
+    ended = kept.end()
+    assert (ended["state"], ended["reason"]) == ("lost", "lost")
+    assert "ZeroDivisionError" in ended["failure"]["message"]
+    assert (kept.output, kept.family(), ended["cgroups"]) == (b"up\n", set(), [])
 
 
 def test_descriptors_of_keepers_are_few_and_its_own(keepers: Any) -> None:
