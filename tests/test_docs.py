@@ -44,8 +44,9 @@ def test_shell_blocks_run_in_a_fresh_box(page: Path, tmp_path: Path) -> None:
     """A page's shell blocks run in order inside `osqbox exec`, and stop at the first command that fails."""
     script = tmp_path / "page.sh"
     script.write_text("set -eu -o pipefail\n" + "\n".join(blocks(page, "sh")))
+    box = (sys.executable, "-m", "osqbox", "exec", "--control", "--certs", str(tmp_path / "certs"))
     done = subprocess.run(
-        [sys.executable, "-m", "osqbox", "exec", "--control", "--certs", str(tmp_path / "certs"), "--", "bash", str(script)],
+        [*box, "--", "bash", str(script)],
         capture_output=True, text=True, cwd=tmp_path, timeout=50,
         env={**CLEAN, "PATH": f"{Path(sys.executable).parent}:{CLEAN['PATH']}", "OSQBOX_HOME": str(tmp_path / "home")},
     )  # fmt: skip

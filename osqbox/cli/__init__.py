@@ -31,8 +31,6 @@ VERBS = {
     "tenants": "tenants and their enroll secrets",
     "job": "run Linux processes: start, follow, stop, list",
     "shell": "a terminal on an agent: open, list, watch, replay, kill",
-    "job": "run processes on this machine and follow them: run, status, output, stop, ...",
-    "audit": "who did what to shells and jobs",
     "certs": "the CA and its certificates: show, issue, renew, revoke",
     "audit": "who did what to shells, jobs and certificates",
     "agent": "run an osquery agent for this machine or a pretended one, in 0..n instances",

@@ -15,6 +15,7 @@ from osqbox.settings import Settings, default_certs_dir, default_data_dir
 
 if TYPE_CHECKING:
     from osqbox.cli.program import Body
+    from osqbox.settings import ShellSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,7 +70,7 @@ def serve_options(command: F) -> F:
 
 def settings_from(options: dict[str, Any], data: Path, *, ephemeral: bool) -> Settings:
     """Settings from the shared flags. Raises BadSetup."""
-    from osqbox.settings import MIB, Bounds, JobSettings, Retention, ShellSettings
+    from osqbox.settings import MIB, Bounds, JobSettings, Retention
 
     all_free = options["agents_port"] == options["operator_port"] == 0
 
@@ -94,9 +95,7 @@ def settings_from(options: dict[str, Any], data: Path, *, ephemeral: bool) -> Se
         config_files=tuple(path.absolute() for path in options["configs"]),
         enroll_secret=_secret(options),
         jobs=JobSettings(options["host"], port("jobs_port", 9090), options["jobs_user"]) if options["jobs"] else None,
-        shells=(
-            ShellSettings(options["shell_idle"], options["shell_max"], options["record"]) if options["control"] else None
-        ),
+        shells=_shells(options),
         approve=options["approve"],
         open_tenant=options["open_enrollment"],
         cert_enrollment=options["cert_enrollment"],
@@ -104,6 +103,14 @@ def settings_from(options: dict[str, Any], data: Path, *, ephemeral: bool) -> Se
         retention=Retention(log_lines=options["keep_log_lines"]),
         bounds=Bounds(body_bytes=options["max_body_mib"] * MIB, decoded_bytes=2 * options["max_body_mib"] * MIB),
     )
+
+
+def _shells(options: dict[str, Any]) -> ShellSettings | None:
+    from osqbox.settings import ShellSettings
+
+    if not options["control"]:
+        return None
+    return ShellSettings(options["shell_idle"], options["shell_max"], options["record"])
 
 
 def _secret(options: dict[str, Any]) -> str | None:

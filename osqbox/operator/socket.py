@@ -76,6 +76,9 @@ class Socket:
             await self._send({"type": "websocket.send", "bytes" if isinstance(message, bytes) else "text": message})
         except ClientGone:
             self.closed = True
+        except Exception:
+            if not self.closed:  # closed by another task while this one was on its way: the server minds, nobody else
+                raise
 
     async def close(self, code: int, reason: str = "") -> None:
         """Returns within CLOSE_TIMEOUT_S, also when a write hangs: then the connection is cut."""

@@ -129,7 +129,7 @@ async def serve(folder: Path) -> None:
                 for _ in range(wanted):
                     await broker.open("n1", "default", "bench", "bench")
                 offers = await broker.poll("n1", "default", trio.sleep_forever) if wanted else []
-                say({"offers": offers, "rss_kib": rss_kib()})
+                say({"offers": offers, "rss_kib": rss_kib(), "cpu_s": time.process_time()})
             began = time.perf_counter()
             await broker.stop()
             await listener.drain()
@@ -176,9 +176,15 @@ class Server:
         self._process.stdin.flush()
         return self._hear()
 
-    def open(self, sessions: int) -> tuple[list[tuple[str, str]], int]:
-        fact = self._tell(str(sessions))
-        return fact["offers"], fact["rss_kib"]
+    def open(self, sessions: int) -> list[tuple[str, str]]:
+        """New sessions and their secrets."""
+        offers: list[tuple[str, str]] = self._tell(str(sessions))["offers"]
+        return offers
+
+    def cost(self) -> tuple[int, float]:
+        """KiB of memory now, seconds of CPU so far."""
+        fact = self._tell("0")
+        return fact["rss_kib"], fact["cpu_s"]
 
     def stop(self) -> float:
         stop_s: float = self._tell("stop")["stop_s"]
@@ -228,7 +234,7 @@ async def next_frame(socket: Any) -> frames.Frame:
 
 async def echo(server: Server, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of key strokes through the relay and through the broker, taken in turns."""
-    [(session, secret)], _ = server.open(1)
+    [(session, secret)] = server.open(1)
     async with (
         server.socket("/relay/x/a", None) as far,
         server.socket("/relay/x/b", None) as near,
@@ -292,7 +298,7 @@ async def relay_throughput(server: Server, size_bytes: int) -> float:
 
 async def throughput(server: Server, size_bytes: int, block: bytes) -> float:
     """Seconds for so many bytes through a recorded session, checked."""
-    [(session, secret)], _ = server.open(1)
+    [(session, secret)] = server.open(1)
     sent, got = hashlib.sha256(), hashlib.sha256()
     async with server.socket(f"/api/v1/shells/{session}") as agent, server.socket(f"/view/{session}") as viewer:
         welcome = await server.join(agent, session, secret)
@@ -325,11 +331,10 @@ async def throughput(server: Server, size_bytes: int, block: bytes) -> float:
     return took
 
 
-async def idle_kib(server: Server, sessions: int) -> float:
-    """KiB of the server's memory for each open, recorded session in which nothing happens."""
-    _, before = server.open(0)
-    offers, _ = server.open(sessions)
-    after = 0
+async def idle(server: Server, sessions: int, seconds: float) -> tuple[float, float]:
+    """Of each open, recorded session in which nothing happens: KiB of memory; of all: the share of a core."""
+    before, _ = server.cost()
+    offers = server.open(sessions)
     limit = trio.CapacityLimiter(20)
     joined = trio.Event()
     left = len(offers)
@@ -355,14 +360,16 @@ async def idle_kib(server: Server, sessions: int) -> float:
             nursery.start_soon(stay, session, secret)
         await joined.wait()
         await trio.sleep(1)
-        _, after = server.open(0)
+        after, began_s = server.cost()
+        await trio.sleep(seconds)
+        _, ended_s = server.cost()
         nursery.cancel_scope.cancel()
-    return (after - before) / sessions
+    return (after - before) / sessions, (ended_s - began_s) / seconds
 
 
 async def stop_s(server: Server) -> float:
     """Seconds the server takes to stop while a viewer with a full socket does not read."""
-    [(session, secret)], _ = server.open(1)
+    [(session, secret)] = server.open(1)
     async with (
         server.socket(f"/api/v1/shells/{session}") as agent,
         server.socket(f"/view/{session}", narrow=True) as viewer,
@@ -394,7 +401,8 @@ def main(quick: bool, report: Callable[[str], None] = print) -> None:
             took = [trio.run(throughput, server, size_bytes, block) for _ in range(3)]
             after = size_bytes / statistics.median(took) / 1e6
             report(f"{name}: relay {before:.0f} MB/s, broker with recording {after:.0f} MB/s, {after / before:.2f}x")
-        report(f"idle: {trio.run(idle_kib, server, sessions):.0f} KiB each of {sessions} sessions")
+        kib, share = trio.run(idle, server, sessions, 1 if quick else 16)
+        report(f"idle: {kib:.0f} KiB each of {sessions} sessions, {share:.1%} of a core for all, pings included")
         report(f"stop with a stalled viewer: {trio.run(stop_s, server):.2f} s")
 
 

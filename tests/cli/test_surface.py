@@ -15,7 +15,7 @@ from typing import Any
 import click
 import pytest
 
-from osqbox.cli import program
+from osqbox.cli import cmdctl, program
 
 GOLDEN = Path(__file__).with_name("golden") / "surface.txt"
 VERBS = (
@@ -30,11 +30,12 @@ VERBS = (
         "env",
         "exec",
         "flags",
+        "job",
         "logs",
         "nodes",
         "query",
     ),
-    *("serve", "status", "stop", "swarm", "tenants", "wait", "yara"),
+    *("serve", "shell", "status", "stop", "swarm", "tenants", "wait", "yara"),
 )
 
 
@@ -59,7 +60,8 @@ def surface(name: str, command: click.Command) -> Iterator[str]:
 
 def test_the_surface_is_the_golden_one() -> None:
     """Nothing is renamed or dropped by accident."""
-    text = "".join(f"{line}\n" for verb in VERBS for line in surface(verb, command_of(verb)))
+    verbs = [line for verb in VERBS for line in surface(verb, command_of(verb))]
+    text = "".join(f"{line}\n" for line in (*verbs, *surface("cmdctl", cmdctl.program)))
     if os.environ.get("OSQBOX_GOLDEN") == "write":
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text()
