@@ -43,8 +43,8 @@ HEADER = struct.Struct("!BBQ")
 _RESIZE = struct.Struct("!HHHH")
 _RESET = struct.Struct("!QQ")
 
-AGENT_WINDOW_BYTES = 1 * MIB
-"""Output an agent may be ahead of the last ACK."""
+AGENT_WINDOW_BYTES = 256 * KIB
+"""Output an agent may be ahead of the last ACK: what a Ctrl-C under a flood must wait for, 2.6 s at 100 kB/s."""
 VIEWER_WINDOW_BYTES = 256 * KIB
 """Output a viewer may be sent beyond its last ACK."""
 INPUT_WINDOW_BYTES = 256 * KIB
@@ -60,8 +60,9 @@ CELLS_MAX = 1000
 """Columns and rows are clamped to 1..1000."""
 OFFSET_MAX = 2**63 - 1
 
-PING_INTERVAL_S = 8.0
-PEER_LOST_S = 25.0
+PING_INTERVAL_S = 12.0
+"""Whoever has heard or said nothing for so long pings."""
+PEER_LOST_S = 27.0
 """Without any message from the other end: it is gone, whatever TCP believes."""
 
 

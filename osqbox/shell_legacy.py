@@ -25,6 +25,7 @@ INPUT_BYTES = 2047
 """Input per frame: the agent reads a message once into 2,048 bytes, type included, and loses the rest."""
 DEADLINE_S = 30.0
 """Without a text message from the server the agent closes; WebSocket pings do not count."""
+PING_INTERVAL_S = 8.0
 FRAME_CHARS = 1024 * 1024
 
 

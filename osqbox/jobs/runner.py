@@ -96,7 +96,7 @@ class JobRunner:
         self._keys: dict[tuple[str, str, str], trio.Lock] = {}
         """Idempotency keys of requests under way."""
         self._following = Following(directory, bounds)
-        self._upkeep = Upkeep(store, directory, clock, bounds, self._own_user, self._live.__contains__)
+        self._upkeep = Upkeep(store, directory, clock, bounds, self._own_user)
         self._is_closing = False
         self._counts: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
@@ -213,7 +213,10 @@ class JobRunner:
             self._free_slot(live.record.owner_key)
             del self._live[live.id]
         if live.is_over:
-            await self._finish(live.record)
+            try:
+                await self._finish(live.record)
+            except Exception:
+                log.exception("job %s: has ended, but not everything behind it was done", live.id)
 
     async def _start(self, live: Live, spec: JobSpec, user: User) -> Link | None:
         async with self._starting:

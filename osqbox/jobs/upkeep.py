@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import trio
@@ -22,7 +21,7 @@ from .users import User
 log = logging.getLogger(__name__)
 
 AGAIN_S = 5.0
-"""After a removal that failed."""
+"""After something that failed."""
 LOOK_S = 3600.0
 """Longest time between two looks."""
 
@@ -37,14 +36,12 @@ class Upkeep:
         clock: Clock,
         bounds: JobBounds,
         own_user: User,
-        is_live: Callable[[str], bool],
     ) -> None:
         self._store = store
         self._directory = directory
         self._clock = clock
         self._bounds = bounds
         self._own_user = own_user
-        self._is_live = is_live
         self._look = trio.Event()
         self._count = self._bytes = self._ended = 0
         self._oldest: float | None = None
@@ -67,14 +64,23 @@ class Upkeep:
         await trio.to_thread.run_sync(self.remove_files, [record])
 
     async def run(self) -> None:
-        await self._sweep()
-        await self._recount()
+        await self._try(self._sweep)
+        is_counted, wait_s = False, 0.0
         while True:
-            while (wait_s := self._due_s()) <= 0 and await self._remove_old():
+            is_counted = is_counted or await self._try(self._recount)
+            while is_counted and (wait_s := self._due_s()) <= 0 and await self._try(self._remove_old):
                 pass
             self._look = trio.Event()
             with trio.move_on_after(wait_s or AGAIN_S):
                 await self._look.wait()
+
+    async def _try(self, work: Callable[[], Awaitable[bool]]) -> bool:
+        """A full disk or a lack of descriptors must not end the runner."""
+        try:
+            return await work()
+        except (sqlite3.Error, OSError):
+            log.exception("the upkeep of jobs has failed and is tried again")
+            return False
 
     def _due_s(self) -> float:
         """Until there is something to remove; 0 when there is."""
@@ -86,22 +92,19 @@ class Upkeep:
 
     async def _remove_old(self) -> bool:
         """Some of what is beyond the bounds; False when there was nothing."""
-        try:
-            gone = await self._store.write(lambda tx: service.expire(tx, self._bounds))
-        except sqlite3.Error:
-            log.exception("jobs beyond the retention could not be removed")
-            return False
+        gone = await self._store.write(lambda tx: service.expire(tx, self._bounds))
         await trio.to_thread.run_sync(self.remove_files, gone)
         self.removed += len(gone)
         await self._recount()
         return bool(gone)
 
-    async def _recount(self) -> None:
+    async def _recount(self) -> bool:
         """Again, should a job end meanwhile: better one too many than one forgotten."""
         seen = -1
         while seen != self._ended:
             seen = self._ended
             self._count, self._bytes, self._oldest = await self._store.read(service.kept)
+        return True
 
     def remove_files(self, records: Iterable[Record]) -> None:
         """Blocks: run it in a thread."""
@@ -110,12 +113,21 @@ class Upkeep:
                 links.unlink(record.status.id, self._own_user)
             shutil.rmtree(self._directory / record.status.id, ignore_errors=True)
 
-    async def _sweep(self) -> None:
-        """Directories without a row: a job was deleted and the box ended before its files were."""
-        known = await self._store.read(service.ids)
-        await trio.to_thread.run_sync(partial(self._remove_unknown, known))
+    async def _sweep(self) -> bool:
+        """Directories without a row: a job was deleted and the box ended before its files were.
 
-    def _remove_unknown(self, known: set[str]) -> None:
-        for path in self._directory.iterdir():
-            if path.name not in known and not self._is_live(path.name) and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
+        Looked for before the rows: a directory is made after its row.
+        """
+        found = await trio.to_thread.run_sync(_directories, self._directory)
+        known = await self._store.read(service.ids)
+        await trio.to_thread.run_sync(_remove, [path for path in found if path.name not in known])
+        return True
+
+
+def _directories(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir() and not path.is_symlink()]
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)

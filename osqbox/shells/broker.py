@@ -423,7 +423,7 @@ class Broker:
                 wire.closed.set()
                 return
             if isinstance(step, Frame):
-                side.sending_since = trio.current_time()
+                side.sending_since = side.sent_at = trio.current_time()
                 try:
                     await link.send(step)
                 except GONE:
@@ -544,11 +544,21 @@ class Broker:
         except trio.ClosedResourceError:
             raise
         except Exception:
-            log.exception("what happened to %d shell sessions could not be written", len(batch))
+            log.warning("what happened to shell sessions is written one by one", exc_info=True)
+            for each in batch:
+                await self._write_one(each)
         for _ in batch:
             self._notes.popleft()
         written, self._notes_written = self._notes_written, trio.Event()
         written.set()
+
+    async def _write_one(self, write: Callable[[Tx], Any]) -> None:
+        try:
+            await self._store.write(write)
+        except trio.ClosedResourceError:
+            raise
+        except Exception:
+            log.exception("what happened to a shell session could not be written")
 
     # time
 
@@ -558,13 +568,19 @@ class Broker:
             await trio.sleep(TICK_S)
             now = trio.current_time()
             for live in list(self._live.values()):
-                live.tick(now)
-                if live.is_left():
-                    await self.wait_written()
-                    await self._put_away(live)
+                try:
+                    live.tick(now)
+                    if live.is_left():
+                        await self.wait_written()
+                        await self._put_away(live)
+                except Exception:
+                    log.exception("shell %s: what was due went wrong", live.id)  # and the other sessions go on
             if now >= upkeep_at:
                 upkeep_at = now + UPKEEP_S
-                await self.prune_recordings()
+                try:
+                    await self.prune_recordings()
+                except Exception:
+                    log.exception("old recordings could not be deleted")
 
     async def _put_away(self, live: LiveSession) -> None:
         """Nobody is connected to it any more."""

@@ -17,6 +17,7 @@ from functools import partial
 from math import inf
 
 from osqbox import shell_frames as frames
+from osqbox import shell_legacy
 from osqbox.errors import Refused
 from osqbox.shell_frames import (
     AGENT_WINDOW_BYTES,
@@ -48,7 +49,8 @@ JOIN_BYTES = 256 * KIB
 RESUME_BYTES = 16 * MIB
 """A viewer that comes back from further behind is moved forward: nobody reads that, and it holds up the shell."""
 ACK_BYTES = AGENT_WINDOW_BYTES // 4
-"""Output is acknowledged to the agent in steps of this, and with every ping."""
+"""Output is acknowledged to the agent in steps of this, and what is less after a while."""
+ACK_AFTER_S = 5.0
 DRAINED_BYTES = 64 * KIB
 """A viewer with no more than this unacknowledged has read what it was sent."""
 QUIET_S = 10.0
@@ -71,7 +73,7 @@ AGENTS_REASONS = {each.value: each for each in (EndReason.IDLE, EndReason.MAX_TI
 class Side:
     """One connection of the session, the agent's or a viewer's."""
 
-    __slots__ = ("closing", "heard_at", "pinged_at", "queue", "sending_since", "told_exit", "wake")
+    __slots__ = ("closing", "heard_at", "pinged_at", "queue", "sending_since", "sent_at", "told_exit", "wake")
 
     def __init__(self, now: float, wake: Callable[[], None]) -> None:
         self.wake = wake
@@ -80,8 +82,10 @@ class Side:
         self.closing: tuple[CloseCode, str] | None = None
         self.heard_at = now
         self.pinged_at = now
+        self.sent_at = now
+        """Set by who sends, as is the next."""
         self.sending_since: float | None = None
-        """Set by who sends, while a send is under way."""
+        """Since when a send is under way."""
         self.told_exit = False
 
     def say(self, frame: Frame) -> None:
@@ -93,8 +97,13 @@ class Side:
         self.closing = self.closing or (code, reason)
         self.wake()
 
+    @property
+    def ping_at(self) -> float:
+        """When a ping is due: where both ends are heard anyway, never."""
+        return max(self.pinged_at, min(self.heard_at, self.sent_at)) + PING_INTERVAL_S
+
     def ping_due(self, now: float) -> Frame | None:
-        if now - self.pinged_at < PING_INTERVAL_S:
+        if now < self.ping_at:
             return None
         self.pinged_at = now
         return frames.ping(int(now * 1e6))
@@ -104,14 +113,19 @@ class Side:
 
 
 class AgentSide(Side):
-    __slots__ = ("ack_sent", "is_legacy", "size_sent", "size_sent_at")
+    __slots__ = ("ack_sent", "acked_at", "is_legacy", "size_sent", "size_sent_at")
 
     def __init__(self, now: float, wake: Callable[[], None], *, is_legacy: bool, acked: int) -> None:
         super().__init__(now, wake)
         self.is_legacy = is_legacy
         self.ack_sent = acked
+        self.acked_at = now
         self.size_sent: Size | None = None
         self.size_sent_at = -inf
+
+    @property
+    def ping_at(self) -> float:
+        return self.pinged_at + shell_legacy.PING_INTERVAL_S if self.is_legacy else super().ping_at
 
 
 class ViewerSide(Side):
@@ -450,16 +464,19 @@ class LiveSession:
                 return None
             side.told_exit = True
             return frames.exit_frame(Exit(reason=self.ended.reason), self.log.head)
-        ping = side.ping_due(now)
+        if not side.is_legacy and (ack := self._next_ack(side, now)):
+            return ack
+        return (
+            side.ping_due(now) or self._next_size(side, now) or self.keyboard.next(now) or self._agent_wait_s(side, now)
+        )
+
+    def _next_ack(self, side: AgentSide, now: float) -> Frame | None:
         credit = self._credit()
-        if not side.is_legacy and credit - side.ack_sent >= (1 if ping else ACK_BYTES):
-            side.ack_sent = credit
-            if ping:
-                side.queue.append(ping)
-            return frames.ack(credit)
-        if ping:
-            return ping
-        return self._next_size(side, now) or self.keyboard.next(now) or self._agent_wait_s(side, now)
+        due_bytes = 1 if now - side.acked_at >= ACK_AFTER_S else ACK_BYTES
+        if credit - side.ack_sent < due_bytes:
+            return None
+        side.ack_sent, side.acked_at = credit, now
+        return frames.ack(credit)
 
     def _credit(self) -> int:
         """Output that is kept, and, while somebody is in control, shown to them: what the agent may forget."""
@@ -480,7 +497,7 @@ class LiveSession:
         return frames.resize(self.size)
 
     def _agent_wait_s(self, side: AgentSide, now: float) -> float:
-        wait_s = side.pinged_at + PING_INTERVAL_S - now
+        wait_s = side.ping_at - now
         if side.size_sent != self.size:
             wait_s = min(wait_s, side.size_sent_at + self._bounds.resize_every_s - now)
         if self.keyboard.is_rationed:
@@ -744,7 +761,7 @@ class LiveSession:
             viewer.blocked_since = now if viewer.blocked_since is None else viewer.blocked_since
         elif self.ended is not None:
             return self._farewell(viewer, now)
-        return viewer.ping_due(now) or max(viewer.pinged_at + PING_INTERVAL_S - now, 0.001)
+        return viewer.ping_due(now) or max(viewer.ping_at - now, 0.001)
 
     def _next_output(self, viewer: ViewerSide) -> Frame | None:
         in_flight = viewer.sent - viewer.acked

@@ -376,7 +376,7 @@ async def stop_s(server: Server) -> float:
     ):
         await server.join(agent, session, secret)
         await server.watch(viewer)
-        for head in range(0, MIB, MESSAGE_BYTES):
+        for head in range(0, frames.AGENT_WINDOW_BYTES, MESSAGE_BYTES):
             await agent.send_message(frames.encode(frames.data_out(head, bytes(MESSAGE_BYTES))))
         await trio.sleep(0.3)
         return await trio.to_thread.run_sync(server.stop)

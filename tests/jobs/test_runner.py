@@ -6,6 +6,7 @@ import hashlib
 import os
 import resource
 import signal
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ import trio
 import trio.testing
 
 from osqbox import audit
+from osqbox.jobs import service
 from osqbox.jobs.errors import Code, JobError
 from osqbox.jobs.messages import (
     Caller,
@@ -30,6 +32,8 @@ from osqbox.jobs.messages import (
     State,
     Stream,
 )
+from osqbox.jobs.service import Record
+from osqbox.store import Tx
 
 from .runner_rig import (
     ALICE,
@@ -1036,6 +1040,28 @@ def test_ended_jobs_go_by_number_and_only_their_owner_is_told_so(tmp_path: Path)
                 await rig.runner.status(jobs[0].id, BOB)
             async with refused(Code.NOT_FOUND, "JOB_NOT_FOUND"):
                 await rig.runner.status(jobs[0].id, OTHER_ALICE)
+
+    in_trio(test)
+
+
+def test_a_retention_that_fails_once_does_not_end_the_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("osqbox.jobs.upkeep.AGAIN_S", 0.05)
+    expire, failures = service.expire, iter([sqlite3.OperationalError("disk I/O error")])
+
+    def fail_first(tx: Tx, bounds: JobBounds) -> list[Record]:
+        for failure in failures:
+            raise failure
+        return expire(tx, bounds)
+
+    monkeypatch.setattr("osqbox.jobs.service.expire", fail_first)
+
+    async def test() -> None:
+        async with running(tmp_path, JobBounds(kept_jobs=0)) as rig:
+            await rig.ended(await rig.run("true"))
+            await until(lambda: rig.runner.statistics().removed == 1)
+            assert "tried again" in caplog.text
 
     in_trio(test)
 

@@ -15,6 +15,7 @@ from osqbox.errors import Refused
 from osqbox.shell_frames import CloseCode, FrameType, Role, Size
 from osqbox.shells.messages import EndReason, Grant, ShellBounds, State
 from osqbox.shells.recording import RecordingRules, read_cast
+from osqbox.shells.session import LiveSession
 
 
 def test_a_shell_from_request_to_exit(shells: Any, run: Any) -> None:
@@ -329,8 +330,9 @@ def test_viewers_that_do_not_read_harm_nobody(shells: Any, run: Any) -> None:
                 box.viewer(session) as viewer,
                 box.viewer(session, "deaf", by="bob", grant=Grant.VIEWER) as deaf,
             ):
-                await agent.print(bytes(600_000))
-                await viewer.read(600_000)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(agent.print, bytes(600_000))
+                    await viewer.read(600_000)
                 while len(box.broker.session(session).viewers) > 1:
                     await trio.sleep(0.05)
                 assert await deaf.close_code() == CloseCode.TOO_SLOW
@@ -486,7 +488,7 @@ def test_the_box_stops_with_stalled_peers(shells: Any, run: Any) -> None:
         async with shells(ShellBounds(hold_s=0.05)) as box:
             session, secret = await box.offered()
             async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
-                await agent.print(bytes(900_000))
+                await agent.print(bytes(200_000))
                 await viewer.send(frames.data_in(0, bytes(60_000)))
                 await trio.sleep(0.2)
                 began = trio.current_time()
@@ -548,3 +550,27 @@ def test_recordings_say_who_was_there_and_are_kept_by_retention(shells: Any, run
             assert [row["result"] for row in await box.audited("shell.recording")] == ["kept", "deleted"]
 
     run(main)
+
+
+def test_what_goes_wrong_in_one_session_stays_there(
+    shells: Any, run: Any, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the clock's work nor the writing of what happened stops for the others."""
+    tick = LiveSession.tick
+
+    def stumbling(live: LiveSession, now: float) -> None:
+        if live.node == "n1":
+            raise RuntimeError("a bug")
+        tick(live, now)
+
+    monkeypatch.setattr(LiveSession, "tick", stumbling)
+
+    async def main() -> None:
+        async with shells(ShellBounds(pending_s=0.1)) as box:
+            first, second = (await box.open("n1")).id, (await box.open("n2")).id
+            await box.state_becomes(second, State.ENDED)
+            assert box.broker.session(first).state is State.REQUESTED
+            assert [row["subject"] for row in await box.audited("shell.end")] == [second]
+
+    run(main)
+    assert "a bug" in caplog.text

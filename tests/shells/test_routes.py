@@ -369,7 +369,7 @@ def test_a_big_paste_reaches_a_launcher_whole(shells: Any, run: Any) -> None:
 
 def test_a_launcher_hears_something_in_time(shells: Any, run: Any, monkeypatch: Any) -> None:
     """Or it closes after 30 s; also while a controller that does not acknowledge keeps its output from being read."""
-    monkeypatch.setattr("osqbox.shells.session.PING_INTERVAL_S", 0.2)
+    monkeypatch.setattr("osqbox.shell_legacy.PING_INTERVAL_S", 0.2)
 
     async def main() -> None:
         async with shells(QUICK) as box:
