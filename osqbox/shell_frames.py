@@ -43,8 +43,8 @@ HEADER = struct.Struct("!BBQ")
 _RESIZE = struct.Struct("!HHHH")
 _RESET = struct.Struct("!QQ")
 
-AGENT_WINDOW_BYTES = 256 * KIB
-"""Output an agent may be ahead of the last ACK: what a Ctrl-C under a flood must wait for, 2.6 s at 100 kB/s."""
+AGENT_WINDOW_BYTES = 1 * MIB
+"""Output an agent may be ahead of the last ACK."""
 VIEWER_WINDOW_BYTES = 256 * KIB
 """Output a viewer may be sent beyond its last ACK."""
 INPUT_WINDOW_BYTES = 256 * KIB

@@ -142,9 +142,10 @@ class Log:
         if self._rolls:
             first = first or self._first_record(lambda offset, _: offset >= start)
             last = self._first_record(lambda offset, length: offset + length > end)
-            self._index_hole = (first, max(first, last))
+            self._index_hole = (first, last)
+        first, last = self._index_hole  # the other way round while one record holds the bytes before and behind
         with contextlib.suppress(OSError):  # a block that exists; a broken disk shows in the status as well
-            os.pwrite(self._index, HOLE.pack(start, end, *self._index_hole), 0)
+            os.pwrite(self._index, HOLE.pack(start, end, min(first, last), last), 0)
 
     def _first_record(self, wanted: Callable[[int, int], bool]) -> int:
         """Where in the index; records ascend."""

@@ -436,7 +436,7 @@ def test_a_welcome_that_fits_nothing_is_refused(with_broker: WithBroker, changes
 @pytest.mark.parametrize(("limits", "reason"), [({"idle_s": 0.2}, "idle"), ({"max_s": 0.2}, "max_time")])
 def test_idle_and_maximum_time_hang_up(with_broker: WithBroker, limits: dict[str, float], reason: str) -> None:
     async def test(broker: Any, nursery: trio.Nursery) -> None:
-        agent = Agent(broker, "/bin/sh", "-c", "sleep 600", limits=Limits(idle_s=60, max_s=60, hang_up_s=0.2))
+        agent = Agent(broker, "/bin/sh", "-c", "exec sleep 600", limits=Limits(idle_s=60, max_s=60, hang_up_s=3))
         nursery.start_soon(agent.run)
         link = await broker.joined()
         await link.welcome(**limits)
