@@ -81,6 +81,12 @@ def root_option(function: F) -> F:
 )
 @click.option("--interval", type=click.IntRange(1), metavar="SECONDS", help="Between distributed reads. Default: 10.")
 @click.option("--state", type=click.Path(path_type=Path), metavar="DIR", help="Keep key and results over restarts.")
+@click.option(
+    "--dialect",
+    type=click.Choice(["osquery", "launcher"]),
+    default="osquery",
+    help="osquery's own API (default), or Kolide Launcher's JSON-RPC.",
+)
 @click.option("--client-cert", type=click.Path(path_type=Path), metavar="FILE", help="Its certificate (PEM).")
 @click.option("--client-key", type=click.Path(path_type=Path), metavar="FILE", help="And the key to it.")
 @click.option("--profile", metavar="NAME", help="Pretend a host of this profile, such as ubuntu.")
@@ -138,6 +144,7 @@ def _run_one(as_json: bool, options: Mapping[str, Any]) -> int:
         uuid=machine.uuid if machine else None,
         platform_type=machine.platform_type if machine else LINUX,
         control=control,
+        launcher=options["dialect"] == "launcher",
     )
     told = partial(_teller(as_json), "")
     tables, engine = (machine.tables, Engine(schema=machine.schema)) if machine else (None, None)
@@ -184,6 +191,8 @@ def _run_instances(as_json: bool, options: Mapping[str, Any]) -> int:
 
     if control_of(options) is not None:
         raise BadUsage("--control goes without --instances", hint="osqbox agent --control")
+    if options["dialect"] != "osquery":
+        raise BadUsage("--dialect launcher goes without --instances", hint="osqbox agent --dialect launcher")
     if options["state"]:
         raise BadUsage("--state goes without --instances", hint="osqbox agent --instances NAME,... --root DIR")
     program: Sequence[str] = ()

@@ -151,8 +151,12 @@ def test_a_program_given_by_its_path_runs_as_every_instance(machine: Machine) ->
     assert asked == [{"pid": str(pid)}]
 
 
-def test_without_instances_it_is_one_agent_of_a_pretended_machine(machine: Machine, osqbox: Osqbox) -> None:
+@pytest.mark.parametrize("dialect", ["osquery", "launcher"])
+def test_without_instances_it_is_one_agent_of_a_pretended_machine(
+    machine: Machine, osqbox: Osqbox, dialect: str
+) -> None:
     words = ["--profile", "ubuntu", "--host-identifier", "cli-alone", "--enroll-secret", osqbox.enroll_secret]
+    words += ["--dialect", dialect]
     agent = subprocess.Popen(
         [sys.executable, "-m", "osqbox", "agent", "--json", "--interval", "1", *words],
         env=machine.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -209,6 +213,7 @@ def test_what_the_control_socket_does_not_understand_is_refused(line: bytes, sai
         (("--instances", "a", "--tls-hostname", "h:1", "--secret", "b=private"), "one of --instances a"),
         (("--instances", "a", "--osqueryd", "/x", "--profile", "ubuntu"), "--osqueryd goes without --profile"),
         (("--instances", "a", "--state", "/x"), "--state goes without --instances"),
+        (("--instances", "a", "--dialect", "launcher"), "--dialect launcher goes without --instances"),
     ],
 )
 def test_words_that_do_not_go_together_are_refused(run: Callable[..., Any], words: tuple[str, ...], said: str) -> None:
