@@ -41,7 +41,29 @@ SHELLS = {
 LOOSE_SYSTEMS = {"agent", "operator"}
 """These are shells but for the rooms that are pure."""
 
-PURE = {"exchange.py", "errors.py", "osquery/amalgamate.py", "agent/client.py"}
+PURE = {
+    *("exchange.py", "errors.py", "osquery/amalgamate.py"),
+    *(
+        f"agent/client/{room}.py"
+        for room in (
+            "__init__",
+            "apply",
+            "commands",
+            "config",
+            "core",
+            "decorations",
+            "denylist",
+            "distributed",
+            "enrollment",
+            "forwarder",
+            "performance",
+            "results",
+            "scheduler",
+            "server",
+            "state",
+        )
+    ),
+}
 PURE_NAMES = {"messages.py", "protocol.py"}
 LOOP = {"trio", "quart", "quart_trio", "hypercorn", "trio_websocket", "asyncio", "anyio"}
 WORLD = LOOP | {
@@ -237,7 +259,7 @@ def house() -> list[Module]:
 
 
 def test_the_house_was_found() -> None:
-    assert {"box.py", "store.py", "osquery/messages.py", "agent/client.py"} <= {module.path for module in house()}
+    assert {"box.py", "store.py", "osquery/messages.py", "agent/client/core.py"} <= {module.path for module in house()}
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -258,13 +280,13 @@ BREACHES = [
     (systems_never_import_each_other, "osquery/nodes.py", "from osqbox import agent"),
     (systems_never_import_each_other, "osquery/deep/nodes.py", "from ...agent import client"),
     (systems_never_import_each_other, "osquery/__init__.py", "from ..agent.client import x"),
-    (systems_never_import_each_other, "agent/client.py", "def f():\n from osqbox.osquery.nodes import x"),
+    (systems_never_import_each_other, "agent/client/core.py", "def f():\n from osqbox.osquery.nodes import x"),
     (systems_never_import_each_other, "agent/x.py", "import importlib\nimportlib.import_module('osqbox.shells')"),
     (systems_never_import_each_other, "operator/nodes.py", "from osqbox.osquery.routes import x"),
     (systems_never_import_each_other, "operator/nodes.py", "from osqbox import osquery"),
     (systems_never_import_each_other, "osquery/nodes.py", "from osqbox.operator import nodes"),
     (pure_files_know_no_world, "comms/messages.py", "import time"),
-    (pure_files_know_no_world, "agent/client.py", "from trio import sleep"),
+    (pure_files_know_no_world, "agent/client/core.py", "from trio import sleep"),
     (pure_files_know_no_world, "agent/schedule.py", '"""Schedules. Pure."""\nimport random'),
     (pure_files_know_no_world, "osquery/protocol.py", "import os\ndef f():\n return os.urandom(8)"),
     (plain_files_know_no_loop, "osquery/nodes.py", "import trio"),
@@ -272,7 +294,7 @@ BREACHES = [
     (plain_files_know_no_loop, "operator/tables.py", "from hypercorn.config import Config"),
     (only_the_store_opens_sqlite, "osquery/nodes.py", "import sqlite3\nsqlite3.connect('x')"),
     (only_the_store_opens_sqlite, "cli/x.py", "from sqlite_utils import Database\nDatabase(path)"),
-    (only_the_store_opens_sqlite, "agent/sql.py", "import apsw\napsw.Connection(path)"),
+    (only_the_store_opens_sqlite, "agent/sql/connection.py", "import apsw\napsw.Connection(path)"),
     (nobody_imports_the_box, "listen/accept.py", "from .. import box"),
     (nobody_imports_the_box, "operator/app.py", "def f():\n from osqbox.box import Box"),
     (modules_hold_no_state, "feed.py", "subscribers = []"),
@@ -286,7 +308,7 @@ ALLOWED = [
     ("operator/parts.py", "from osqbox.osquery.routes import OsqueryApi"),
     ("osquery/campaigns.py", "from osqbox.osquery import nodes\nfrom . import routes\nimport osqbox.errors"),
     ("cli/serve.py", "import trio\nfrom osqbox.box import Box\nfrom osqbox.agent import client"),
-    ("agent/sql.py", "import time, apsw\napsw.Connection(':memory:')"),
+    ("agent/sql/connection.py", "import time, apsw\napsw.Connection(':memory:')"),
     ("store.py", "import sqlite3\nsqlite3.connect('x')"),
     ("feed.py", "__all__ = ['a']\nNAMES = {'a': 1}\nkinds = ('a', 'b')\ndef f():\n here = []"),
 ]

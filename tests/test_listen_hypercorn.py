@@ -335,8 +335,10 @@ async def window_never_opened(client: H2Client) -> None:
 def test_http2_probe_leaves_connection_and_listener_in_service(
     pki: Pki, probe: Callable[[H2Client], Awaitable[None]]
 ) -> None:
+    limits = {"write_timeout_s": 0.3} if probe is window_never_opened else {}
+
     async def scenario() -> None:
-        async with serving(pki, app, write_timeout_s=0.3) as listener:
+        async with serving(pki, app, **limits) as listener:
             client = await h2_client(listener, pki)
             await probe(client)
             await client.wait_for(h2.events.StreamEnded, await client.request())

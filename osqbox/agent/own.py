@@ -44,7 +44,7 @@ def own_tables(core: Core) -> dict[str, TableSource]:
 
     def osquery_schedule(_context: Context) -> Iterator[Row]:
         performance = core.performance
-        denylist = core.denylist
+        denylist = core.denylist.until
         for _, query in core.config.queries():
             cost = performance.get(query.name)
             if cost is None:

@@ -38,6 +38,7 @@ class World:
     results: dict[str, QueryResult | Callable[[], QueryResult]] = field(default_factory=dict)
     store: Store = field(default_factory=MemoryStore)
     now: float = START
+    seed: int = 1
     sent: list[tuple[float, Send]] = field(default_factory=list)
     events: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     asked: list[tuple[float, str]] = field(default_factory=list)
@@ -49,7 +50,7 @@ class World:
             Endpoints(),
             self.store,
             enroll_secret=lambda: "secret",
-            rng=random.Random(1),
+            rng=random.Random(self.seed),
             now=self.now,
         )
 
@@ -428,8 +429,7 @@ def test_splay_is_remembered() -> None:
     store = MemoryStore()
     chosen = set()
     for seed in range(3):
-        world = World(script(config=SCHEDULE), {"schedule_splay_percent": "50"}, store=store)
-        world.core._rng = random.Random(seed)
+        world = World(script(config=SCHEDULE), {"schedule_splay_percent": "50"}, store=store, seed=seed)
         world.enroll()
         world.run(world.core.first_config())
         ((_, query),) = world.core.config.queries()

@@ -409,8 +409,10 @@ def test_a_stop_in_the_middle_of_a_query_is_no_crash() -> None:
     world = World({"config": {"schedule": {"q": {"query": "s", "interval": 60}}}}, {})
     world.run(world.core.enroll())
     world.run(world.core.first_config())
-    thread = world.core._run_scheduled(next(iter(world.core.config.queries()))[1])
-    assert isinstance(next(thread), Query)
+    thread = world.core.scheduler()
+    assert isinstance(next(thread), Sleep)
+    world.core.now += 60
+    assert isinstance(thread.send(False), Query)
     assert world.core.store.get(SETTINGS, "executing_query") == "q"
     thread.close()
     assert world.core.store.get(SETTINGS, "executing_query") is None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
@@ -16,15 +14,13 @@ import pytest
 import trio
 
 from osqbox.agent import constructed
-from osqbox.agent.client import Core, Identity, Query, Send
-from osqbox.agent.constructed import constructed_tables, read_constructed
-from osqbox.agent.flags import Flags
-from osqbox.agent.messages import LINUX, Endpoints
-from osqbox.agent.runner import Agent, AgentOptions, run_agent
-from osqbox.agent.sql import Engine, QueryResult, Tables
-from osqbox.agent.store import MemoryStore
-from osqbox.agent.views import ConfiguredTables, view_tables
+from osqbox.agent.constructed import read_constructed
+from osqbox.agent.messages import LINUX
+from osqbox.agent.runner import Agent, run_agent
+from osqbox.agent.sql import QueryResult, Tables
 from osqbox.testing.handle import Osqbox
+
+from .configured_host import ConfiguredHost, agent_options
 
 TIMEOUT_S = 20
 
@@ -41,42 +37,9 @@ def entry(path: Path | str, **given: Any) -> dict[str, Any]:
     return {"query": "SELECT url, count FROM visits", "path": str(path), "columns": ["url", "count"], **given}
 
 
-class Host:
-    """A core and an engine: every config is applied as the agent applies it."""
-
-    def __init__(self) -> None:
-        flags = Flags({"tls_hostname": "box:1"})
-        who = Identity("host", "UUID", "INSTANCE", "EPHEMERAL", 7, 1.0)
-        self.core = Core(
-            who, flags, Endpoints(), MemoryStore(), enroll_secret=lambda: "s", rng=random.Random(1), now=1.0
-        )
-        self.engine = Engine()
-        self.tables = ConfiguredTables({}, self._added)
-
-    def _added(self) -> Tables:
-        return {**view_tables(self.core.views), **constructed_tables(self.core.constructed)}
-
-    def query(self, sql: str, timeout_s: float = 10.0) -> QueryResult:
-        return self.engine.query(sql, tables=self.tables, timeout_s=timeout_s)
-
+class Host(ConfiguredHost):
     def apply(self, tables: Mapping[str, Any] | None, **config: Any) -> list[str]:
-        """The warnings it makes."""
-        self.core.events.clear()
-        config |= {} if tables is None else {"auto_table_construction": tables}
-        thread = self.core.fetch_config()
-        outcome: bytes | QueryResult | None = None
-        try:
-            while True:
-                match thread.send(outcome):
-                    case Send(call="enroll"):
-                        outcome = json.dumps({"node_key": "key"}).encode()
-                    case Send():
-                        outcome = json.dumps(config).encode()
-                    case Query(sql):
-                        outcome = self.query(sql)
-        except StopIteration:
-            said = [facts for kind, facts in self.core.events if kind == "status" and facts["severity"] == 1]
-            return [facts["message"] for facts in said]
+        return self.take_config(config if tables is None else {**config, "auto_table_construction": tables})
 
 
 @pytest.fixture
@@ -200,18 +163,6 @@ def test_what_cannot_be_a_table_is_told_of() -> None:
     assert read_constructed([{"auto_table_construction": "no"}], LINUX, warnings.append) is None
 
 
-def options(osqbox: Osqbox, **given: Any) -> AgentOptions:
-    return AgentOptions(
-        tls_hostname=osqbox.url.removeprefix("https://"),
-        server_certs=osqbox.ca_file,
-        enroll_secret=osqbox.enroll_secret,
-        distributed_interval=1,
-        config_refresh=1,
-        logger_period=1,
-        **given,
-    )
-
-
 @pytest.mark.parametrize("tables", [None, {}])
 def test_an_agent_shows_this_machines_files_only_as_this_machine(
     osqbox: Osqbox, tmp_path: Path, tables: Tables | None
@@ -229,7 +180,7 @@ def test_an_agent_shows_this_machines_files_only_as_this_machine(
     async def main() -> QueryResult:
         with trio.fail_after(TIMEOUT_S):
             async with trio.open_nursery() as nursery:
-                await nursery.start(partial(run_agent, options(osqbox), tables=tables, around=around))
+                await nursery.start(partial(run_agent, agent_options(osqbox), tables=tables, around=around))
                 found = await agents[0].query("select url, count from visited")
                 nursery.cancel_scope.cancel()
         return found

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osqbox.agent import messages
-from osqbox.agent.client import combined_config_hash, config_source_hash
+from osqbox.agent.client.config import combined_config_hash, config_source_hash
 from osqbox.agent.messages import Answer, Reply
 
 REPLIES = [

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from osqbox.agent.client import Failure, Query, Send
 from osqbox.agent.profile.dice import Dice
 from osqbox.agent.swarm.build import Nursery, ProfileHosts
@@ -185,3 +187,10 @@ def test_which_reads_are_held() -> None:
     assert counted_as(read, Failure("timeout"), 16.0) == "read"
     assert counted_as(log, b"{}", 5.0) == "log"
     assert MAX_LAG_S <= 1
+
+
+@pytest.mark.parametrize(("late_s", "told_s"), [(0.0, 0.0), (MAX_LAG_S / 2, 0.0), (MAX_LAG_S, MAX_LAG_S), (9.0, 9.0)])
+def test_a_punctual_thread_is_told_the_time_it_asked_for(late_s: float, told_s: float) -> None:
+    found = Drive().timeline.pop(START + late_s)
+    assert found is not None
+    assert found[0] == START + told_s

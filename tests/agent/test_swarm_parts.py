@@ -77,7 +77,7 @@ def test_dialects(dialect: str, prefix: str, enroll: str, read: str, log: str) -
 def test_every_dialect_has_a_path_for_every_call() -> None:
     for name in plan.dialects():
         paths = [getattr(plan.endpoints(name, "", {}), call) for call in Endpoints.__slots__]
-        assert len(set(paths)) == len(paths), name
+        assert len(set(paths)) == (1 if name == "launcher" else len(paths)), name
 
 
 def test_a_path_may_be_given_by_itself() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,58 +10,32 @@ from typing import Any
 import pytest
 import trio
 
-from osqbox.agent.client import Core, Identity, Query, Send
-from osqbox.agent.flags import Flags
-from osqbox.agent.messages import Endpoints
-from osqbox.agent.runner import AgentOptions, run_agent
+from osqbox.agent.runner import run_agent
 from osqbox.agent.sql import Context, Engine, QueryResult, Row, TableSource, source
-from osqbox.agent.store import MemoryStore
-from osqbox.agent.views import MAX_VIEWS, ConfiguredTables, read_views, view_tables
+from osqbox.agent.views import MAX_VIEWS, read_views, view_tables
 from osqbox.schema import Column, Table
 from osqbox.testing.handle import Osqbox
+
+from .configured_host import ConfiguredHost, agent_options
 
 TIMEOUT_S = 20
 
 
-class Host:
-    """A core with a real engine: every config is applied as the agent applies it."""
+class Host(ConfiguredHost):
+    """With a table of users, which tells what it was asked."""
 
     def __init__(self) -> None:
-        flags = Flags({"tls_hostname": "box:1"})
-        who = Identity("host", "UUID", "INSTANCE", "EPHEMERAL", 7, 1.0)
-        self.core = Core(
-            who, flags, Endpoints(), MemoryStore(), enroll_secret=lambda: "s", rng=random.Random(1), now=1.0
-        )
-        self.engine = Engine()
         self.asked: list[Context] = []
         self.base: dict[str, TableSource] = {"users": source(self._users, "uid")}
-        self.tables = ConfiguredTables(self.base, lambda: view_tables(self.core.views))
+        super().__init__(self.base)
 
     def _users(self, context: Context) -> Iterator[Row]:
         self.asked.append(context)
         yield {"uid": 0, "username": "root"}
         yield {"uid": 7, "username": "ada"}
 
-    def query(self, sql: str) -> QueryResult:
-        return self.engine.query(sql, tables=self.tables)
-
     def apply(self, **config: Any) -> list[str]:
-        """The warnings it makes."""
-        self.core.events.clear()
-        thread = self.core.fetch_config()
-        outcome: bytes | QueryResult | None = None
-        try:
-            while True:
-                match thread.send(outcome):
-                    case Send(call="enroll"):
-                        outcome = json.dumps({"node_key": "key"}).encode()
-                    case Send():
-                        outcome = json.dumps(config).encode()
-                    case Query(sql):
-                        outcome = self.query(sql)
-        except StopIteration:
-            said = [facts for kind, facts in self.core.events if kind == "status" and facts["severity"] == 1]
-            return [facts["message"] for facts in said]
+        return self.take_config(config)
 
 
 @pytest.fixture
@@ -192,18 +164,6 @@ def test_two_agents_on_one_engine_have_their_own_views(host: Host) -> None:
     assert wrong == []
 
 
-def options(osqbox: Osqbox, **given: Any) -> AgentOptions:
-    return AgentOptions(
-        tls_hostname=osqbox.url.removeprefix("https://"),
-        server_certs=osqbox.ca_file,
-        enroll_secret=osqbox.enroll_secret,
-        distributed_interval=1,
-        config_refresh=1,
-        logger_period=1,
-        **given,
-    )
-
-
 def test_an_agent_of_a_real_box_has_the_views_of_its_config(osqbox: Osqbox) -> None:
     """Live and scheduled queries use them, the box gets the warning, and an update changes them."""
     names = {"v": "select version, 'first' as which from osquery_info", "bad": "select from"}
@@ -221,7 +181,7 @@ def test_an_agent_of_a_real_box_has_the_views_of_its_config(osqbox: Osqbox) -> N
     async def main() -> None:
         with trio.fail_after(TIMEOUT_S):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(run_agent, options(osqbox), on_event=on_event))
+                nursery.start_soon(partial(run_agent, agent_options(osqbox), on_event=on_event))
                 await receive.receive()
                 assert [row["which"] for row in await ask("select * from v")] == ["first"]
                 for log_type in ("status", "result"):

@@ -11,9 +11,9 @@ import random
 import signal
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
@@ -80,60 +80,70 @@ class Instance(Protocol):
         ...
 
 
-class ProcessInstance:
-    """A program of its own, fed through its extension."""
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
+class BaseInstance:
+    """What a run has, whether it is a process or a task: what it was given, why it ends, how its enrollment goes."""
 
-    def __init__(
-        self,
-        spec: InstanceSpec,
-        options: RunnerOptions,
-        files: Files,
-        run_id: str,
-        *,
-        client: HttpClient,
-        history: History,
-        clock: Clock,
-        on_event: OnEvent,
-    ) -> None:
-        self.run_id = run_id
-        self._spec = spec
-        self._options = options
-        self._files = files
-        self._client = client
-        self._history = history
-        self._clock = clock
-        self._on_event = on_event
-        self._over = trio.Event()
-        self._reason = ""
-        self._process: trio.Process | None = None
-        self._output: deque[str] = deque(maxlen=_OUTPUT_LINES_KEPT)
-        self._output_ended = trio.Event()
-        self._enroll_error = ""
-        self._osquery = ExtensionClient(files.socket, timeout_s=options.timing.query_timeout_s)
-        self._server: ExtensionServer | None = None
-        self._forwarder: Forwarder | None = None
-
-    # -- its life ------------------------------------------------------------------------------------------------
-
-    async def run(self, connected: Callable[[], None]) -> str:
-        self._history.started(self._spec.name, self.run_id, self._clock.now())
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._guard, partial(self._launch, nursery, connected))
-                await self._over.wait()
-                # The extension serves on while the program ends: its last log lines are still taken.
-                await self._stop_program()
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._clean_up()
-            self._history.ended(self.run_id, self._clock.now(), self._reason or "cancelled")
-        return self._reason
+    spec: InstanceSpec
+    options: RunnerOptions
+    files: Files
+    run_id: str
+    history: History
+    clock: Clock
+    on_event: OnEvent
+    _over: trio.Event = field(init=False, default_factory=trio.Event)
+    _reason: str = field(init=False, default="")
+    _enroll_error: str = field(init=False, default="")
 
     def stop(self, reason: str = STOPPED) -> None:
         """The first reason stays."""
         self._reason = self._reason or reason
         self._over.set()
+
+    @contextmanager
+    def _in_history(self) -> Iterator[None]:
+        self.history.started(self.spec.name, self.run_id, self.clock.now())
+        try:
+            yield
+        finally:
+            self.history.ended(self.run_id, self.clock.now(), self._reason or "cancelled")
+
+    def _heard(self, kind: str, facts: dict[str, Any]) -> None:
+        if kind in ("enrolled", "enroll_failed"):
+            self._enroll_error = str(facts.get("reason", ""))
+        self.on_event(kind, facts)
+
+
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
+class ProcessInstance(BaseInstance):
+    """A program of its own, fed through its extension."""
+
+    client: HttpClient
+    _process: trio.Process | None = field(init=False, default=None)
+    _output: deque[str] = field(init=False, default_factory=partial(deque, maxlen=_OUTPUT_LINES_KEPT))
+    _output_ended: trio.Event = field(init=False, default_factory=trio.Event)
+    _osquery: ExtensionClient = field(init=False)
+    _server: ExtensionServer | None = field(init=False, default=None)
+    _forwarder: Forwarder | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._osquery = ExtensionClient(self.files.socket, timeout_s=self.options.timing.query_timeout_s)
+
+    # -- its life ------------------------------------------------------------------------------------------------
+
+    async def run(self, connected: Callable[[], None]) -> str:
+        with self._in_history():
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._guard, partial(self._launch, nursery, connected))
+                    await self._over.wait()
+                    # The extension serves on while the program ends: its last log lines are still taken.
+                    await self._stop_program()
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._clean_up()
+        return self._reason
 
     async def _guard(self, part: Callable[[], Awaitable[None]]) -> None:
         """Run one of its parts; should it fail, the instance ends, and nobody else."""
@@ -143,7 +153,7 @@ class ProcessInstance:
             self.stop(described(error))
 
     async def _launch(self, nursery: trio.Nursery, connected: Callable[[], None]) -> None:
-        timing = self._options.timing
+        timing = self.options.timing
         try:
             with trio.fail_after(timing.launch_timeout_s):
                 await self._start_program(nursery)
@@ -154,12 +164,12 @@ class ProcessInstance:
         connected()
 
     async def _start_program(self, nursery: trio.Nursery) -> None:
-        command = command_line(self._options, self._spec, self._files)
+        command = command_line(self.options, self.spec, self.files)
         # A session of its own: a Ctrl-C at the terminal is the runner's to pass on.
         self._process = await trio.lowlevel.open_process(
             command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True
         )
-        self._on_event("program_started", {"pid": self._process.pid})
+        self.on_event("program_started", {"pid": self._process.pid})
         nursery.start_soon(self._guard, self._read_output)
         nursery.start_soon(self._guard, self._watch_program)
 
@@ -180,7 +190,7 @@ class ProcessInstance:
             *lines, pending = (pending + chunk).split(b"\n")
             for line in filter(None, (line.decode(errors="replace").strip()[:_MAX_LINE_LENGTH] for line in lines)):
                 self._output.append(line)
-                self._on_event("output", {"line": line})
+                self.on_event("output", {"line": line})
             pending = pending[-_MAX_LINE_LENGTH:]
         self._output_ended.set()
 
@@ -189,17 +199,17 @@ class ProcessInstance:
 
     async def _connect(self, nursery: trio.Nursery) -> None:
         """Ask the program who it is, make the extension for it, and let the program use it."""
-        await self._osquery.wait_listening(self._options.timing.launch_timeout_s)
+        await self._osquery.wait_listening(self.options.timing.launch_timeout_s)
         details = await self._host_details()
         self._forwarder = forwarder = Forwarder(self._core(details))
-        driver = Driver(forwarder.core, self._client, self._spec.name, self._clock, self._host_details, self._heard)
+        driver = Driver(forwarder.core, self.client, self.spec.name, self.clock, self._host_details, self._heard)
         nursery.start_soon(self._guard, partial(self._forward, driver))
-        plugins = plugins_of(forwarder, driver, self._history, self._options.timing)
-        await nursery.start(self._serve, ExtensionServer(EXTENSION, plugins, self._files.socket))
+        plugins = plugins_of(forwarder, driver, self.history, self.options.timing)
+        await nursery.start(self._serve, ExtensionServer(EXTENSION, plugins, self.files.socket))
         info = details.get("osquery_info", {})
-        self._history.connected(
+        self.history.connected(
             self.run_id,
-            self._clock.now(),
+            self.clock.now(),
             hostname=forwarder.core.identity.hostname,
             instance_id=info.get("instance_id", ""),
             version=info.get("version", ""),
@@ -228,17 +238,17 @@ class ProcessInstance:
             instance_id=info.get("instance_id", ""),
             ephemeral_id=str(uuid.uuid4()),
             pid=self.pid or 0,
-            started=self._clock.now(),
+            started=self.clock.now(),
             platform_type=int(info.get("platform_mask") or LINUX),
         )
         return Core(
             identity,
-            Flags(self._options.extension_flags()),
-            self._options.endpoints,
-            FileStore(self._files.extension),
-            enroll_secret=lambda: self._spec.enroll_secret,
+            Flags(self.options.extension_flags()),
+            self.options.endpoints,
+            FileStore(self.files.extension),
+            enroll_secret=lambda: self.spec.enroll_secret,
             rng=random.SystemRandom(),
-            now=self._clock.now(),
+            now=self.clock.now(),
         )
 
     async def _host_details(self) -> dict[str, dict[str, str]]:
@@ -249,13 +259,8 @@ class ProcessInstance:
         await driver.run(driver.core.enroll())
         await driver.run(driver.core.log_forwarder())
 
-    def _heard(self, kind: str, facts: dict[str, Any]) -> None:
-        if kind in ("enrolled", "enroll_failed"):
-            self._enroll_error = str(facts.get("reason", ""))
-        self._on_event(kind, facts)
-
     async def _watch_health(self) -> None:
-        timing = self._options.timing
+        timing = self.options.timing
         await trio.sleep(timing.health_startup_delay_s)
         while True:
             problem = await self._check_repeatedly()
@@ -266,7 +271,7 @@ class ProcessInstance:
 
     async def _check_repeatedly(self) -> str:
         """What the last of several tries found; "" as soon as one finds nothing."""
-        timing, problem = self._options.timing, ""
+        timing, problem = self.options.timing, ""
         for attempt in range(timing.health_tries):
             if attempt:
                 await trio.sleep(timing.health_try_pause_s)
@@ -284,7 +289,7 @@ class ProcessInstance:
         process = self._process
         if process is not None and process.returncode is None:
             process.terminate()
-            with trio.move_on_after(self._options.timing.stop_grace_s):
+            with trio.move_on_after(self.options.timing.stop_grace_s):
                 await process.wait()
 
     async def _clean_up(self) -> None:
@@ -297,12 +302,12 @@ class ProcessInstance:
                 await self._process.stdout.aclose()
         if self._forwarder is not None:
             self._forwarder.core.store.close()
-        if not self._options.shared_client:
-            await self._client.aclose()
+        if not self.options.shared_client:
+            await self.client.aclose()
         else:
-            await self._client.forget(self._spec.name)
-        socket = self._files.socket
-        for path in (self._files.pidfile, socket, *socket.parent.glob(f"{socket.name}.*")):
+            await self.client.forget(self.spec.name)
+        socket = self.files.socket
+        for path in (self.files.pidfile, socket, *socket.parent.glob(f"{socket.name}.*")):
             path.unlink(missing_ok=True)
 
     # -- asking it -----------------------------------------------------------------------------------------------
@@ -315,10 +320,10 @@ class ProcessInstance:
         """Its own extension answers, and the program knows it."""
         if self._server is None or self._over.is_set():
             raise Unhealthy("not connected yet")
-        timeout_s = self._options.timing.health_timeout_s
+        timeout_s = self.options.timing.health_timeout_s
         try:
             await ExtensionClient(self._server.path, timeout_s=timeout_s).ping()
-            known = await ExtensionClient(self._files.socket, timeout_s=timeout_s).extensions()
+            known = await ExtensionClient(self.files.socket, timeout_s=timeout_s).extensions()
         except (ExtensionGone, UnknownMethod) as error:
             raise Unhealthy(str(error)) from error
         if EXTENSION not in {info.name for info in known.values()}:
@@ -326,11 +331,11 @@ class ProcessInstance:
 
     async def query(self, sql: str) -> Rows:
         if self._server is None or self._over.is_set():
-            raise QueryFailed(f"instance {self._spec.name} is not connected", hint="osqbox agent status")
+            raise QueryFailed(f"instance {self.spec.name} is not connected", hint="osqbox agent status")
         try:
             return await self._rows(sql)
         except (ExtensionGone, UnknownMethod) as error:
-            raise QueryFailed(f"instance {self._spec.name}: {error}") from error
+            raise QueryFailed(f"instance {self.spec.name}: {error}") from error
 
     async def _rows(self, sql: str) -> Rows:
         response = await self._osquery.query(sql)
@@ -344,15 +349,15 @@ class ProcessInstance:
         return {
             "run_id": self.run_id,
             "pid": self.pid,
-            "socket": str(self._files.socket),
-            "database": str(self._files.database),
+            "socket": str(self.files.socket),
+            "database": str(self.files.database),
             "host_identifier": core.host_identifier if core else None,
             "enrolled": bool(core and not self._over.is_set() and core.node_key),
             "enroll_error": self._enroll_error or None,
             "statistics": {
                 **(asdict(forwarder.counts) if forwarder else {}),
-                "requests": self._client.requests,
-                "requests_failed": self._client.failures,
+                "requests": self.client.requests,
+                "requests_failed": self.client.failures,
                 **({"lines_waiting": len(core.buffer), "lines_dropped": core.buffer.dropped} if core else {}),
             },
         }

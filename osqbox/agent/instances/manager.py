@@ -191,16 +191,18 @@ class Runner:
         files = Files.of(self.options.root, self._sockets, spec.name, number)
         on_event = partial(self._on_event, spec.name)
         if self.options.in_process:
-            from osqbox.agent.instances.task import TaskInstance
+            from osqbox.agent.instances.task import TaskInstance, this_machine
 
             return TaskInstance(
-                spec, self.options, files, number, history=self.history, clock=self._clock, on_event=on_event,
-                tls=self._tls if self._shared else self._context(), machine=self._machine,
+                spec=spec, options=self.options, files=files, run_id=number,
+                history=self.history, clock=self._clock, on_event=on_event,
+                tls=self._tls if self._shared else self._context(),
+                machine=self._machine or this_machine(self._clock),
             )  # fmt: skip
-        client = self._shared or HttpClient(self.options.tls_hostname, self._context())
         return ProcessInstance(
-            spec, self.options, files, number,
-            client=client, history=self.history, clock=self._clock, on_event=on_event,
+            spec=spec, options=self.options, files=files, run_id=number,
+            history=self.history, clock=self._clock, on_event=on_event,
+            client=self._shared or HttpClient(self.options.tls_hostname, self._context()),
         )  # fmt: skip
 
     def _tell(self, name: str, kind: str, **facts: Any) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from osqbox.agent.instances.history import COLUMNS, TABLE, History
-from osqbox.agent.instances.instance import STOPPED, QueryFailed, Rows, Unhealthy, described
-from osqbox.agent.instances.options import Files, InstanceSpec, RunnerOptions
-from osqbox.agent.instances.transport import OnEvent
+from osqbox.agent.instances.history import COLUMNS, TABLE
+from osqbox.agent.instances.instance import BaseInstance, QueryFailed, Rows, Unhealthy, described
 from osqbox.agent.messages import LINUX, VERSION
 from osqbox.agent.runner import Agent, AgentOptions, run_agent
 from osqbox.agent.sql import Context, Engine, Row, TableSource, source
@@ -38,53 +36,27 @@ class Machine:
     platform_type: int = LINUX
 
 
-class TaskInstance:
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
+class TaskInstance(BaseInstance):
     """The same life as a `ProcessInstance`; its enrollment and logs are in its own database all the same."""
 
-    def __init__(
-        self,
-        spec: InstanceSpec,
-        options: RunnerOptions,
-        files: Files,
-        run_id: str,
-        *,
-        history: History,
-        clock: Clock,
-        on_event: OnEvent,
-        tls: ssl.SSLContext,
-        machine: Machine | None,
-    ) -> None:
-        self.run_id = run_id
-        self._spec = spec
-        self._options = options
-        self._files = files
-        self._history = history
-        self._clock = clock
-        self._on_event = on_event
-        self._tls = tls
-        self._machine = machine or _this_machine(clock)
-        self._engine = Engine(schema=self._machine.schema)
-        self._over = trio.Event()
-        self._reason = ""
-        self._agent: Agent | None = None
-        self._enroll_error = ""
+    tls: ssl.SSLContext
+    machine: Machine
+    _engine: Engine = field(init=False)
+    _agent: Agent | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._engine = Engine(schema=self.machine.schema)
 
     # -- its life ------------------------------------------------------------------------------------------------
 
     async def run(self, connected: Callable[[], None]) -> str:
-        self._history.started(self._spec.name, self.run_id, self._clock.now())
-        try:
+        with self._in_history():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._live, connected)
                 await self._over.wait()
                 nursery.cancel_scope.cancel()
-        finally:
-            self._history.ended(self.run_id, self._clock.now(), self._reason or "cancelled")
         return self._reason
-
-    def stop(self, reason: str = STOPPED) -> None:
-        self._reason = self._reason or reason
-        self._over.set()
 
     async def _live(self, connected: Callable[[], None]) -> None:
         try:
@@ -92,8 +64,8 @@ class TaskInstance:
                 self._agent_options(),
                 tables=self._tables(),
                 engine=self._engine,
-                tls=self._tls,
-                clock=self._clock,
+                tls=self.tls,
+                clock=self.clock,
                 on_event=self._heard,
                 around=partial(self._in_use, connected),
             )
@@ -107,42 +79,37 @@ class TaskInstance:
         """As with a process: its SQL answers, whether it is enrolled yet or not."""
         self._agent, who = agent, agent.core.identity
         facts = {"hostname": who.hostname, "instance_id": who.instance_id, "version": VERSION}
-        self._history.connected(self.run_id, self._clock.now(), **facts)
+        self.history.connected(self.run_id, self.clock.now(), **facts)
         connected()
         yield
 
-    def _heard(self, kind: str, facts: dict[str, Any]) -> None:
-        if kind in ("enrolled", "enroll_failed"):
-            self._enroll_error = str(facts.get("reason", ""))
-        self._on_event(kind, facts)
-
     def _agent_options(self) -> AgentOptions:
-        options, machine = self._options, self._machine
+        options, machine = self.options, self.machine
         flags = {"tls_enroll_max_attempts": "0", "tls_enroll_max_interval": "60"}
         return AgentOptions(
             tls_hostname=options.tls_hostname,
             server_certs=options.server_certs,
-            enroll_secret=self._spec.enroll_secret,
+            enroll_secret=self.spec.enroll_secret,
             endpoints=options.endpoints,
             host_identifier=options.host_identifier,
             specified_identifier=options.specified_identifier,
             distributed_interval=options.distributed_interval,
             config_refresh=options.config_refresh,
             logger_period=options.logger_period,
-            state_dir=self._files.database,
+            state_dir=self.files.database,
             hostname=machine.hostname or None,
             uuid=machine.uuid or None,
             platform_type=machine.platform_type,
             sql_timeout_s=options.timing.query_timeout_s,
-            flags={**flags, **options.flags, **self._spec.flags},
+            flags={**flags, **options.flags, **self.spec.flags},
         )
 
     def _tables(self) -> dict[str, TableSource]:
         history = Table(TABLE, tuple(Column(name, "TEXT") for name in COLUMNS))
-        return {**self._machine.tables, TABLE: replace(source(self._history_rows), definition=history)}
+        return {**self.machine.tables, TABLE: replace(source(self._history_rows), definition=history)}
 
     def _history_rows(self, _context: Context) -> Iterator[Row]:
-        return iter(self._history.rows())
+        return iter(self.history.rows())
 
     # -- asking it -----------------------------------------------------------------------------------------------
 
@@ -152,7 +119,7 @@ class TaskInstance:
 
     async def query(self, sql: str) -> Rows:
         if self._agent is None or self._over.is_set():
-            raise QueryFailed(f"instance {self._spec.name} is not connected", hint="osqbox agent status")
+            raise QueryFailed(f"instance {self.spec.name} is not connected", hint="osqbox agent status")
         result = await self._agent.query(sql)
         if result.status:
             raise QueryFailed(result.message)
@@ -164,7 +131,7 @@ class TaskInstance:
             "run_id": self.run_id,
             "pid": os.getpid(),
             "socket": None,
-            "database": str(self._files.database),
+            "database": str(self.files.database),
             "host_identifier": core.host_identifier if core else None,
             "enrolled": bool(core and not self._over.is_set() and core.node_key),
             "enroll_error": self._enroll_error or None,
@@ -172,7 +139,7 @@ class TaskInstance:
         }
 
 
-def _this_machine(clock: Clock) -> Machine:
+def this_machine(clock: Clock) -> Machine:
     from osqbox.agent.host import host_tables
 
     return Machine("", "", host_tables(now=clock.now), load_schema())

@@ -248,6 +248,7 @@ class Session:
         self._active_at = trio.current_time()
         facts = {"shell": self.terminal.shell, "user": self.terminal.user, "pid": self.terminal.pid}
         self._on_event("shell_started", {"session": self._offer.session, **facts})
+        await connection.send_message(frames.encode(self._hello()))
         assert self._nursery is not None
         for task in (self._read_terminal, self._write_terminal, self._await_limits):
             self._nursery.start_soon(task, self.terminal)

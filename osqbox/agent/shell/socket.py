@@ -44,7 +44,7 @@ class Dialer:
             stream = await open_stream(hostname, self.context, self.transport)
         except CallFailed as error:
             raise JoinFailed(str(error)) from error
-        line = _Line(stream)
+        line = Line(stream)
         try:
             async with _one_exception(), trio.open_nursery() as nursery:
                 with trio.move_on_after(self.transport.timeout_s) as line.waiting:
@@ -76,10 +76,10 @@ class Dialer:
                 await trio.aclose_forcefully(stream)
 
 
-class _Line(trio.abc.Stream):
+class Line(trio.abc.Stream):
     """The stream below a WebSocket; ends the wait for a handshake that cannot come any more."""
 
-    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+    def __init__(self, stream: trio.SSLStream[trio.SocketStream] | trio.SocketStream) -> None:
         self._stream = stream
         self.waiting = trio.CancelScope()
         self.has_ended = False

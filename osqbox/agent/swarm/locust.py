@@ -6,7 +6,6 @@ spread the agents over machines. Import it from a locustfile: Locust has patched
 
 from __future__ import annotations
 
-import functools
 import gzip
 import http.client
 import itertools
@@ -26,8 +25,6 @@ from osqbox.agent.profile.dice import Dice
 from osqbox.agent.sql import QueryResult
 from osqbox.agent.swarm.build import Nursery, ProfileHosts
 from osqbox.agent.swarm.member import (
-    MAX_LAG_S,
-    QUERY_TIMEOUT_S,
     SLOW_PAUSE_S,
     SLOW_PIECE_BYTES,
     Member,
@@ -113,8 +110,8 @@ class OsqueryAgent(User):
                 self._earlier.clear()
                 self._earlier.wait(max(0.0, pause_s))
                 continue
-            due, member, strand, outcome = found
-            work = member.resume(strand, outcome, due if now - due < MAX_LAG_S else now)
+            told, member, strand, outcome = found
+            work = member.resume(strand, outcome, told)
             if work is not None:
                 self._calls.spawn(self._work, strand, work)
 
@@ -126,12 +123,7 @@ class OsqueryAgent(User):
 
     def _query(self, query: Query) -> QueryResult:
         """In a thread, where a long query holds back nobody."""
-        run = functools.partial(
-            self._member.engine.query,
-            query.sql,
-            tables=self._member.tables(self._crowd.now()),
-            timeout_s=QUERY_TIMEOUT_S,
-        )
+        run = self._member.long_query(query.sql, self._crowd.now())
         result: QueryResult = gevent.get_hub().threadpool.apply(run)
         return result
 

@@ -93,12 +93,15 @@ class Timeline:
         return self._heap[0][0] if self._heap else None
 
     def pop(self, now: float) -> tuple[float, Member, Strand, bool | None] | None:
-        """The earliest sleeper whose time has come: its time, who it is, and the outcome."""
+        """The earliest sleeper whose time has come: the time to tell it, who it is, and the outcome.
+
+        Punctual agents see the time they asked for: the same seed and start give the same logs.
+        """
         while self._heap and self._heap[0][0] <= now:
             due, _, member, strand, turn, outcome = heapq.heappop(self._heap)
             if turn == strand.turn:
                 strand.wake = ""
-                return due, member, strand, outcome
+                return due if now - due < MAX_LAG_S else now, member, strand, outcome
         return None
 
 
@@ -258,6 +261,10 @@ class Member:
         """Made for one query, so that an idle agent holds none."""
         own, views = own_tables(self.core), view_tables(self.core.views)
         return ChainMap(own, self.host.tables(lambda: now + self.skew_s), views)  # type: ignore[arg-type]
+
+    def long_query(self, sql: str, now: float, cancelled: Cancelled | None = None) -> Callable[[], QueryResult]:
+        """Runs a query that takes longer than the rest of the swarm should wait; to be called in a thread."""
+        return partial(self.engine.query, sql, tables=self.tables(now), timeout_s=QUERY_TIMEOUT_S, cancelled=cancelled)
 
     def _query(self, strand: Strand, sql: str, now: float) -> QueryResult | None:
         """The result; None when the query takes longer than the rest of the swarm should wait."""

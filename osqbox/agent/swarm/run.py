@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import resource
 import ssl
@@ -25,7 +24,6 @@ from osqbox.agent.swarm.build import Hosts, Nursery, swarm_flags
 from osqbox.agent.swarm.member import (
     MAX_LAG_S,
     MAY_BE_HELD,
-    QUERY_TIMEOUT_S,
     SHELLS,
     SLOW_PAUSE_S,
     SLOW_PIECE_BYTES,
@@ -285,13 +283,11 @@ class _Swarm:
     def _wake_due(self) -> None:
         """Some of those whose time has come; the loop's other tasks have to live as well."""
         for _ in range(_STEPS_AT_ONCE):
-            now = self.now()
-            found = self.shared.timeline.pop(now)
+            found = self.shared.timeline.pop(self.now())
             if found is None:
                 return
-            due, member, strand, outcome = found
-            # Punctual agents see the time they asked for: the same seed and start give the same logs.
-            self._resume(member, strand, outcome, due if now - due < MAX_LAG_S else now)
+            now, member, strand, outcome = found
+            self._resume(member, strand, outcome, now)
 
     def _resume(self, member: Member, strand: Strand, outcome: Any, now: float) -> None:
         work = member.resume(strand, outcome, now)
@@ -311,13 +307,7 @@ class _Swarm:
 
     async def _query(self, member: Member, query: Query) -> QueryResult:
         cancelled = threading.Event()
-        run = functools.partial(
-            member.engine.query,
-            query.sql,
-            tables=member.tables(self.now()),
-            timeout_s=QUERY_TIMEOUT_S,
-            cancelled=cancelled,
-        )
+        run = member.long_query(query.sql, self.now(), cancelled)
         try:
             return await trio.to_thread.run_sync(run, limiter=self.threads, abandon_on_cancel=True)
         finally:

@@ -179,6 +179,8 @@ def test_a_real_shell_from_request_to_exit_code(in_house: Callable[..., None]) -
         async with house.shell(node, cols=100, rows=30, shell="/bin/bash") as (session, operator):
             await operator.sees("# ")
             opened_s = trio.current_time() - began
+            facts = house.box.broker.session(session.id)
+            assert (facts.shell, facts.user) == ("/bin/bash", getpass.getuser())
             await operator.type("stty size; tty\r")
             await operator.sees("30 100")
             await operator.resize(90, 20)

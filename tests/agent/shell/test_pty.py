@@ -113,9 +113,10 @@ def left_of(pty: Pty) -> list[int]:
 def test_a_short_program_never_loses_a_byte() -> None:
     wanted = b"".join(b"%d\r\n" % number for number in range(1, 1001))
 
-    async def main() -> None:
-        program = replace(find_program("/bin/sh", None), argv=("/bin/sh", "-c", "seq 1 1000; exit 3"))
-        for _ in range(200):
+    program = replace(find_program("/bin/sh", None), argv=("/bin/sh", "-c", "seq 1 1000; exit 3"))
+
+    async def runs() -> None:
+        for _ in range(50):
             pty = await open_pty(program, Size(80, 24))
             async with trio.open_nursery() as nursery:
                 endings: list[Ending] = []
@@ -130,6 +131,11 @@ def test_a_short_program_never_loses_a_byte() -> None:
             await pty.close(0.1)
             assert output == wanted
             assert endings == [Ending(code=3)]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(runs)
 
     trio.run(main)
 
