@@ -46,6 +46,8 @@ class Retention:
 
     log_lines: int = 1_000_000
     log_age_s: float = 30 * 86400
+    log_bytes: int = 4096 * MIB
+    """Of the lines themselves, as osquery wrote them."""
     events: int = 100_000
     campaigns: int = 10_000
     carve_bytes: int = 4096 * MIB

@@ -161,6 +161,7 @@ def test_the_ready_object_names_everything(tmp_path: Path, session_certs: Path) 
             info = json.dumps(box.info())
             assert ready["token"] not in info
             assert ready["enroll_secret"] not in info
+            assert box.info()["limits"]["retention"]["log_bytes"] == 4 << 30
 
     run(test)
 

@@ -59,6 +59,7 @@ def serve_options(command: F) -> F:
         click.option("--read-hold", type=click.FloatRange(0, 12), default=12.0, show_default=True, metavar="SECONDS",
                      help="How long an empty distributed read is held; 0 answers at once."),
         click.option("--keep-log-lines", type=click.IntRange(1), default=1_000_000, show_default=True),
+        click.option("--keep-log-mib", type=click.IntRange(1), default=4096, show_default=True),
         click.option("--max-body-mib", type=click.IntRange(1, 1024), default=64, show_default=True),
         click.option("--json", "as_json", is_flag=True, help="Print the ready object as one JSON line."),
         click.option("-q", "--quiet", is_flag=True, help="Print nothing when ready."),
@@ -100,7 +101,7 @@ def settings_from(options: dict[str, Any], data: Path, *, ephemeral: bool) -> Se
         open_tenant=options["open_enrollment"],
         cert_enrollment=options["cert_enrollment"],
         ephemeral=ephemeral,
-        retention=Retention(log_lines=options["keep_log_lines"]),
+        retention=Retention(log_lines=options["keep_log_lines"], log_bytes=options["keep_log_mib"] * MIB),
         bounds=Bounds(body_bytes=options["max_body_mib"] * MIB, decoded_bytes=2 * options["max_body_mib"] * MIB),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -134,14 +135,14 @@ def _add_starting(routes: Blueprint, parts: Parts) -> None:
         """Send a live query to nodes."""
         order = body.order()
 
-        def start(tx: Tx) -> tuple[Campaign, list[str]]:
-            return campaigns.start(
+        def start(tx: Tx) -> Campaign:
+            campaign, asked = campaigns.start(
                 tx, order, lambda chosen: parts.presence.reachable(chosen, parts.clock.now()), parts.new_id
             )
+            tx.after_commit.append(partial(parts.presence.wake, asked))  # also when the caller has left meanwhile
+            return campaign
 
-        campaign, asked = await parts.store.write(start)
-        parts.presence.wake(asked)
-        return answered(campaign.as_json(), 201)
+        return answered((await parts.store.write(start)).as_json(), 201)
 
     @routes.get("/campaigns")
     @operation(list[CampaignFacts], query=Newest)

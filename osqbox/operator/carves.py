@@ -61,7 +61,7 @@ class Member(msgspec.Struct):
 
 
 class DeletedCarve(msgspec.Struct):
-    """The carve and its blocks are gone."""
+    """The carve is gone; the room its blocks took is freed within seconds."""
 
     deleted: str
 

@@ -1,4 +1,13 @@
-"""Carves: files an agent sends in blocks, kept whole and checked."""
+"""Carves: files an agent sends in blocks, kept whole and checked.
+
+    receiving ──last block──▶ receiving, awaits its digest ──▶ complete
+        └──────────idle──────▶ expired                    any ──▶ deleted (nobody sees it) ──▶ gone
+
+To hash a large archive, or to drop it, takes seconds that no other write shall wait. So the last block only makes the
+carve await its digest: a `Digest` reads the blocks page by page beside the writer, then `complete` is one small write.
+And blocks of what has expired or was deleted are dropped few by few. What a crash leaves undone is found with
+`awaiting_digest` and `to_drop`.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +33,10 @@ IDLE_S = 86400.0
 OPEN_PER_NODE = 16
 """An agent carves one thing after the other: of more open carves than this, the one idle for longest was given up."""
 KEPT_CARVES = 10_000
+DIGEST_PAGE_BYTES = 8 * 1024 * 1024
+"""Hashed in one read; the last block of a page may pass it."""
+DROP_BYTES = 1024 * 1024
+"""Dropped in one write."""
 LISTED_MEMBERS = 10_000
 LISTED_BYTES = 512 * 1024 * 1024
 
@@ -66,7 +79,7 @@ def begin(tx: Tx, node: Node, message: CarveBegin, limit_bytes: int, new_id: Cal
     )
     tx.emit("carve_started", tenant=node.tenant, node=node.id, session=session, bytes=size_bytes)
     if count == 0:
-        _complete(tx, session)
+        complete(tx, session, Digest())
     return session
 
 
@@ -74,7 +87,7 @@ def _bound_open(tx: Tx, node: Node) -> None:
     """Make room for one more open carve of a node."""
     rows = tx.db.execute(
         "SELECT session_id FROM osquery_carves WHERE node = ? AND state = 'receiving' "
-        "ORDER BY updated_at DESC LIMIT -1 OFFSET ?",
+        "AND received_blocks < block_count ORDER BY updated_at DESC LIMIT -1 OFFSET ?",
         (node.id, OPEN_PER_NODE - 1),
     ).fetchall()
     for (session,) in rows:
@@ -89,8 +102,10 @@ def block_data(message: CarveBlock) -> bytes:
         raise Refused("bad_block", "data: expected standard base64") from None
 
 
-def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None, certificate: str | None = None) -> None:
+def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None, certificate: str | None = None) -> bool:
     """Store one block, in any order; the session id authorises it, as blocks carry no node key.
+
+    True when the carve has all its blocks and awaits its digest: the block is acknowledged after `complete`.
 
     A node that enrolled by certificate must present it: ``certificate`` is the name in the one presented.
     A block received twice is stored once. Raises Refused for anything that would spoil the archive.
@@ -113,6 +128,8 @@ def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None, c
     expected = min(block_bytes, size_bytes - index * block_bytes)
     if len(data) != expected:
         raise Refused("bad_block", f"data: expected {expected} bytes in block {index}, got {len(data)}")
+    if state not in ("receiving", "complete"):
+        raise Refused("carve_unknown", "session_id: this carve has ended", status=404)
     kept = tx.db.execute(
         "SELECT data FROM osquery_carve_blocks WHERE session_id = ? AND block_id = ?",
         (message.session_id, index),
@@ -120,7 +137,7 @@ def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None, c
     if kept is not None:
         if kept[0] != data:
             raise Refused("bad_block", f"block {index} came twice with different bytes")
-        return
+        return awaits_digest(tx.db, message.session_id)
     if state != "receiving":
         raise Refused("carve_unknown", "session_id: this carve has ended", status=404)
     tx.db.execute("INSERT INTO osquery_carve_blocks VALUES (?, ?, ?)", (message.session_id, index, data))
@@ -128,37 +145,77 @@ def receive_block(tx: Tx, message: CarveBlock, data: bytes, node: Node | None, c
         "UPDATE osquery_carves SET received_blocks = received_blocks + 1, updated_at = ? WHERE session_id = ?",
         (tx.now, message.session_id),
     )
-    received = tx.db.execute(
-        "SELECT received_blocks FROM osquery_carves WHERE session_id = ?", (message.session_id,)
-    ).fetchone()[0]
     tx.emit("carve_block_received", tenant=tenant, node=owner, session=message.session_id, block=index)
-    if received == count:
-        _complete(tx, message.session_id)
+    return awaits_digest(tx.db, message.session_id)
 
 
-def _complete(tx: Tx, session: str) -> None:
-    digest, compressed = hashlib.sha256(), False
-    for index, data in enumerate(archive(tx.db, session)):
-        compressed = data.startswith(ZSTD_MAGIC) if index == 0 else compressed
-        digest.update(data)
-    tx.db.execute(
-        "UPDATE osquery_carves SET state = 'complete', sha256 = ?, compressed = ?, updated_at = ? WHERE session_id = ?",
-        (digest.hexdigest(), int(compressed), tx.now, session),
+_AWAITS_DIGEST = "state = 'receiving' AND received_blocks = block_count"
+
+
+def awaits_digest(db: sqlite3.Connection, session: str) -> bool:
+    """Whether all blocks of a carve are stored but not hashed; one lookup by key."""
+    sql = f"SELECT 1 FROM osquery_carves WHERE session_id = ? AND {_AWAITS_DIGEST}"
+    return db.execute(sql, (session,)).fetchone() is not None
+
+
+def awaiting_digest(db: sqlite3.Connection) -> list[str]:
+    """Sessions of the carves for which that is so, oldest first."""
+    rows = db.execute(f"SELECT session_id FROM osquery_carves WHERE {_AWAITS_DIGEST} ORDER BY updated_at")
+    return [row[0] for row in rows]
+
+
+class Digest:
+    """What is known of the bytes of an archive; `feed` it until there are no more."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._next = 0
+        self.compressed = False
+
+    def feed(self, db: sqlite3.Connection, session: str) -> bool:
+        """Take in the next blocks, about DIGEST_PAGE_BYTES of them. False when there were none."""
+        size_bytes = 0
+        for data in archive(db, session, self._next):
+            self.compressed |= self._next == 0 and data.startswith(ZSTD_MAGIC)
+            self._sha256.update(data)
+            self._next += 1
+            size_bytes += len(data)
+            if size_bytes >= DIGEST_PAGE_BYTES:
+                break
+        return size_bytes > 0
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def complete(tx: Tx, session: str, digest: Digest) -> None:
+    """Say that a carve is whole. One that is complete already, or was deleted meanwhile, stays as it is."""
+    sha256 = digest.hexdigest()
+    changed = tx.db.execute(
+        "UPDATE osquery_carves SET state = 'complete', sha256 = ?, compressed = ?, updated_at = ? "
+        f"WHERE session_id = ? AND {_AWAITS_DIGEST}",
+        (sha256, int(digest.compressed), tx.now, session),
     )
-    tenant, node = tx.db.execute("SELECT tenant, node FROM osquery_carves WHERE session_id = ?", (session,)).fetchone()
-    tx.emit("carve_completed", tenant=tenant, node=node, session=session, sha256=digest.hexdigest())
+    if changed.rowcount:
+        sql = "SELECT tenant, node FROM osquery_carves WHERE session_id = ?"
+        tenant, node = tx.db.execute(sql, (session,)).fetchone()
+        tx.emit("carve_completed", tenant=tenant, node=node, session=session, sha256=sha256)
 
 
-def archive(db: sqlite3.Connection, session: str) -> Iterator[bytes]:
-    """The archive's bytes, block by block."""
-    for row in db.execute("SELECT data FROM osquery_carve_blocks WHERE session_id = ? ORDER BY block_id", (session,)):
+def archive(db: sqlite3.Connection, session: str, start: int = 0) -> Iterator[bytes]:
+    """The archive's bytes, block by block, from the block ``start`` on."""
+    for row in db.execute(
+        "SELECT data FROM osquery_carve_blocks WHERE session_id = ? AND block_id >= ? ORDER BY block_id",
+        (session, start),
+    ):
         yield row[0]
 
 
 def blocks(db: sqlite3.Connection, session: str, start: int, limit: int) -> list[bytes]:
-    """Blocks from ``start`` on, for a download that must not hold a read open."""
+    """Blocks of a complete carve from ``start`` on, for a download that must not hold a read open."""
     rows = db.execute(
-        "SELECT data FROM osquery_carve_blocks WHERE session_id = ? AND block_id >= ? ORDER BY block_id LIMIT ?",
+        "SELECT b.data FROM osquery_carves c JOIN osquery_carve_blocks b ON b.session_id = c.session_id "
+        "WHERE c.session_id = ? AND c.state = 'complete' AND b.block_id >= ? ORDER BY b.block_id LIMIT ?",
         (session, start, limit),
     )
     return [row[0] for row in rows]
@@ -185,7 +242,8 @@ def _as_json(row: Sequence[Any]) -> dict[str, Any]:
 def latest(db: sqlite3.Connection, limit: int, tenant: str | None = None) -> list[dict[str, Any]]:
     """The newest carves first."""
     rows = db.execute(
-        f"{_CARVE} WHERE ?1 IS NULL OR c.tenant = ?1 ORDER BY c.created_at DESC LIMIT ?2", (tenant, limit)
+        f"{_CARVE} WHERE c.state <> 'deleted' AND (?1 IS NULL OR c.tenant = ?1) ORDER BY c.created_at DESC LIMIT ?2",
+        (tenant, limit),
     )
     return [_as_json(row) for row in rows]
 
@@ -193,7 +251,8 @@ def latest(db: sqlite3.Connection, limit: int, tenant: str | None = None) -> lis
 def get(db: sqlite3.Connection, session: str) -> dict[str, Any]:
     """A carve by session id, the agent's carve id, or ``latest``. Raises BadUsage."""
     row = db.execute(
-        f"{_CARVE} WHERE c.session_id = ?1 OR c.carve_id = ?1 OR ?1 = 'latest' ORDER BY c.created_at DESC LIMIT 1",
+        f"{_CARVE} WHERE c.state <> 'deleted' AND (c.session_id = ?1 OR c.carve_id = ?1 OR ?1 = 'latest') "
+        "ORDER BY c.created_at DESC LIMIT 1",
         (session,),
     ).fetchone()
     if row is None:
@@ -291,25 +350,49 @@ class _Bounded:
 
 
 def delete(tx: Tx, session: str) -> None:
-    """Remove a carve and its blocks. Raises BadUsage."""
+    """Nobody sees the carve any more; its blocks go bit by bit. Raises BadUsage."""
     carve = get(tx.db, session)
-    tx.db.execute("DELETE FROM osquery_carves WHERE session_id = ?", (carve["id"],))
+    _set_state(tx, carve["id"], "deleted")
     tx.emit("carve_deleted", tenant=carve["tenant"], node=carve["node"], session=carve["id"])
 
 
 def expire(tx: Tx) -> None:
     """Give up carves that got no block for a day, as osqueryd does (``--carver_expiry``)."""
     rows = tx.db.execute(
-        "SELECT session_id, tenant, node FROM osquery_carves WHERE state = 'receiving' AND updated_at < ?",
+        "SELECT session_id, tenant, node FROM osquery_carves "
+        "WHERE state = 'receiving' AND received_blocks < block_count AND updated_at < ?",
         (tx.now - IDLE_S,),
     ).fetchall()
     for session, tenant, node in rows:
         _give_up(tx, session, tenant, node)
 
 
+def _set_state(tx: Tx, session: str, state: str) -> None:
+    tx.db.execute("UPDATE osquery_carves SET state = ? WHERE session_id = ?", (state, session))
+
+
+def to_drop(db: sqlite3.Connection) -> list[tuple[str, int]]:
+    """Carves that have blocks nobody can read: session and bytes of a block, for `drop_blocks`."""
+    return db.execute(
+        "SELECT session_id, block_size FROM osquery_carves c WHERE state = 'deleted' OR state = 'expired' AND EXISTS "
+        "(SELECT 1 FROM osquery_carve_blocks b WHERE b.session_id = c.session_id)"
+    ).fetchall()
+
+
+def drop_blocks(tx: Tx, session: str, block_bytes: int) -> bool:
+    """Drop about DROP_BYTES of a carve, at least one block. False when nothing is left of it."""
+    dropped = tx.db.execute(
+        "DELETE FROM osquery_carve_blocks WHERE session_id = ?1 AND block_id IN "
+        "(SELECT block_id FROM osquery_carve_blocks WHERE session_id = ?1 ORDER BY block_id LIMIT ?2)",
+        (session, max(1, DROP_BYTES // block_bytes)),
+    )
+    if dropped.rowcount == 0:
+        tx.db.execute("DELETE FROM osquery_carves WHERE session_id = ? AND state = 'deleted'", (session,))
+    return dropped.rowcount > 0
+
+
 def _give_up(tx: Tx, session: str, tenant: str, node: str) -> None:
-    tx.db.execute("UPDATE osquery_carves SET state = 'expired' WHERE session_id = ?", (session,))
-    tx.db.execute("DELETE FROM osquery_carve_blocks WHERE session_id = ?", (session,))
+    _set_state(tx, session, "expired")
     tx.emit("carve_expired", tenant=tenant, node=node, session=session)
 
 
@@ -317,13 +400,13 @@ def prune(tx: Tx, keep_bytes: int) -> None:
     """Drop the oldest carves, ended ones first, until what is stored of the rest is within ``keep_bytes``."""
     rows = tx.db.execute(
         "SELECT session_id, CASE state WHEN 'expired' THEN 0 ELSE min(received_blocks * block_size, carve_size) END "
-        "FROM osquery_carves ORDER BY state = 'receiving', created_at"
+        "FROM osquery_carves WHERE state <> 'deleted' ORDER BY state = 'receiving', created_at"
     ).fetchall()
     held_bytes, left = sum(row[1] for row in rows), len(rows)
     for session, size_bytes in rows:
         if held_bytes <= keep_bytes and left <= KEPT_CARVES:
             break
-        tx.db.execute("DELETE FROM osquery_carves WHERE session_id = ?", (session,))
+        _set_state(tx, session, "deleted")
         held_bytes -= size_bytes
         left -= 1
     count_dropped(tx, "carves", len(rows) - left)

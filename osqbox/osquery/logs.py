@@ -13,9 +13,12 @@ from osqbox.clock import rfc3339
 from osqbox.osquery import nodes
 from osqbox.osquery.messages import LogLine
 from osqbox.osquery.nodes import Node
+from osqbox.settings import Retention
 from osqbox.store import Tx, count_dropped
 
 PRUNE_LINES = 5_000
+PRUNE_BYTES = 2 * 1024 * 1024
+"""Dropped in one transaction, so that others need not wait for long; one more line may pass it."""
 FOUND_BYTES = 4 * 1024 * 1024
 """Lines read at once; one more may pass it."""
 
@@ -30,6 +33,7 @@ def receive(tx: Tx, node: Node, log_type: str, lines: Sequence[LogLine], digest:
         [(node.tenant, node.id, log_type, line.name, line.action, line.unix_time, tx.now, line.text) for line in lines],
     )
     if lines:
+        _resize(tx, sum(len(line.text.encode()) for line in lines))
         tx.emit("log_received", tenant=node.tenant, node=node.id, log_type=log_type, lines=len(lines))
     return len(lines)
 
@@ -142,13 +146,32 @@ def last_seq(db: sqlite3.Connection) -> int:
     return int(row[0]) if row else 0
 
 
-def prune(tx: Tx, keep_lines: int, keep_age_s: float) -> bool:
-    """Drop at most PRUNE_LINES lines beyond the bounds, oldest first. True when there may be more to drop."""
-    cut = last_seq(tx.db) - keep_lines
+def size_bytes(db: sqlite3.Connection) -> int:
+    """Size of all lines that are kept; counted as they come and go."""
+    return int(db.execute("SELECT bytes FROM osquery_log_size").fetchone()[0])
+
+
+def _resize(tx: Tx, by_bytes: int) -> None:
+    tx.db.execute("UPDATE osquery_log_size SET bytes = bytes + ?", (by_bytes,))
+
+
+def prune(tx: Tx, keep: Retention) -> bool:
+    """Drop lines beyond the bounds, oldest first, PRUNE_LINES or PRUNE_BYTES at most. True when there may be more."""
+    cut = last_seq(tx.db) - keep.log_lines
     oldest = tx.db.execute("SELECT seq, received_at FROM osquery_logs ORDER BY seq LIMIT ?", (PRUNE_LINES,)).fetchall()
-    doomed = [seq for seq, at in oldest if seq <= cut or at < tx.now - keep_age_s]
-    if doomed:
-        dropped = tx.db.execute("DELETE FROM osquery_logs WHERE seq <= ?", (doomed[-1],)).rowcount
-        count_dropped(tx, "logs", dropped)
-        tx.emit("logs_dropped", lines=dropped)
-    return len(doomed) == PRUNE_LINES
+    cut = max((seq for seq, at in oldest if seq <= cut or at < tx.now - keep.log_age_s), default=0)
+    excess_bytes = size_bytes(tx.db) - keep.log_bytes
+    end, lines, dropped_bytes = 0, 0, 0
+    if cut or excess_bytes > 0:
+        for seq, line_bytes in tx.db.execute(
+            "SELECT seq, length(CAST(line AS BLOB)) FROM osquery_logs ORDER BY seq LIMIT ?", (PRUNE_LINES,)
+        ):
+            if (seq > cut and dropped_bytes >= excess_bytes) or dropped_bytes >= PRUNE_BYTES:
+                break
+            end, lines, dropped_bytes = seq, lines + 1, dropped_bytes + line_bytes
+    if lines:
+        tx.db.execute("DELETE FROM osquery_logs WHERE seq <= ?", (end,))
+        _resize(tx, -dropped_bytes)
+        count_dropped(tx, "logs", lines)
+        tx.emit("logs_dropped", lines=lines)
+    return lines == PRUNE_LINES or dropped_bytes >= PRUNE_BYTES

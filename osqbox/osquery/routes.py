@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 import trio
@@ -65,6 +66,7 @@ class OsqueryApi:
         self._new_id = new_id
         self._configs = _ConfigCache()
         self._parsers = trio.CapacityLimiter(PARSER_THREADS)
+        self._completing: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self._not_utf8: set[str] = set()
         self._served: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
@@ -318,10 +320,27 @@ class OsqueryApi:
         key = protocol.node_key_of(message.node_key, request.headers, found)
         node = self._node(request, found, key) if key else None
         certificate = request.peer.certificate_name
-        await self._store.write(
+        is_last = await self._store.write(
             lambda tx: carves.receive_block(tx, message, data, node, certificate), bulk=True, weight_bytes=len(data)
         )
+        if is_last:
+            await self.complete_carve(message.session_id)
         return protocol.success()
+
+    async def complete_carve(self, session: str) -> None:
+        """Hash a carve whose blocks are all stored, page by page beside the writer, and say that it is complete.
+
+        Called by several at once (its last block was sent again) it is done once, and all wait for it.
+        """
+        lock = self._completing.get(session) or trio.Lock()
+        self._completing[session] = lock
+        async with lock:
+            if not self._store.peek(lambda db: carves.awaits_digest(db, session)):
+                return
+            digest = carves.Digest()
+            while await self._store.read(lambda db: digest.feed(db, session)):
+                pass
+            await self._store.write(lambda tx: carves.complete(tx, session, digest))
 
     async def _yara(self, request: Request, found: Route) -> Response:
         body_key = await self._key(request, found) if request.body else None

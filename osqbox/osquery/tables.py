@@ -151,7 +151,7 @@ def m005_carves(db: Database) -> None:
             block_size INTEGER NOT NULL,       -- bytes before base64; the last block is shorter
             carve_size INTEGER NOT NULL,       -- bytes
             received_blocks INTEGER NOT NULL DEFAULT 0,
-            state TEXT NOT NULL,               -- receiving, complete, expired
+            state TEXT NOT NULL,               -- receiving, complete, expired; deleted = its blocks are being dropped
             sha256 TEXT,                       -- of the whole archive, once complete
             compressed INTEGER,                -- 1 = zstd, once complete
             created_at REAL NOT NULL,
@@ -166,4 +166,16 @@ def m005_carves(db: Database) -> None:
             data BLOB NOT NULL,
             PRIMARY KEY (session_id, block_id)
         ) WITHOUT ROWID"""
+    )
+
+
+@migrations()
+def m006_log_bytes(db: Database) -> None:
+    db.conn.execute(
+        """CREATE TABLE osquery_log_size (
+            bytes INTEGER NOT NULL             -- of all lines in osquery_logs, as UTF-8; one row
+        )"""
+    )
+    db.conn.execute(
+        "INSERT INTO osquery_log_size SELECT coalesce(sum(length(CAST(line AS BLOB))), 0) FROM osquery_logs"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 SAVE_S = 1.0
 PRUNE_S = 5.0
+DROP_PAUSE_S = 0.01
+"""Between two writes that drop blocks: others often find the writer idle."""
 
 
 async def load_config_files(store: Store, paths: tuple[Path, ...]) -> dict[Path, Source]:
@@ -81,6 +84,9 @@ class Upkeep:
             nursery.start_soon(self._every, SAVE_S, self.flush)
             nursery.start_soon(self._every, SAVE_S, self._watch_files)
             nursery.start_soon(self._every, PRUNE_S, self._prune)
+            nursery.start_soon(self._every, PRUNE_S, self._complete_carves)
+            nursery.start_soon(self._every, PRUNE_S, self._drop_carves)
+            nursery.start_soon(self._complete_carves)
 
     @staticmethod
     async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -128,12 +134,24 @@ class Upkeep:
         self._told.pop(path, None)
         self.files[path] = source
 
-    async def _prune(self) -> None:
-        while await self.store.write(self._prune_some, bulk=True):
-            await trio.lowlevel.checkpoint()
+    async def _complete_carves(self) -> None:
+        """Finish what the end of the box, or of the request with the last block, left unfinished."""
+        for session in await self.store.read(carves.awaiting_digest):
+            await self.api.complete_carve(session)
 
-    def _prune_some(self, tx: Tx) -> bool:
-        more = logs.prune(tx, self.retention.log_lines, self.retention.log_age_s)
+    async def _drop_carves(self) -> None:
+        """Free what expired and deleted carves hold, in small writes that let the others pass."""
+        for session, block_bytes in await self.store.read(carves.to_drop):
+            drop = partial(carves.drop_blocks, session=session, block_bytes=block_bytes)
+            while await self.store.write(drop, bulk=True):  # noqa: ASYNC110 - a pause for the others, not a poll
+                await trio.sleep(DROP_PAUSE_S)
+
+    async def _prune(self) -> None:
+        while await self.store.write(lambda tx: logs.prune(tx, self.retention), bulk=True):
+            await trio.lowlevel.checkpoint()
+        await self.store.write(self._prune_others, bulk=True)
+
+    def _prune_others(self, tx: Tx) -> None:
         campaigns.prune(tx, self.retention.campaigns)
         carves.expire(tx)
         carves.prune(tx, self.retention.carve_bytes)
@@ -141,4 +159,3 @@ class Upkeep:
             "DELETE FROM feed_events WHERE seq <= (SELECT max(seq) FROM feed_events) - ?", (self.retention.events,)
         )
         count_dropped(tx, "events", cursor.rowcount)
-        return more

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from osqbox import running
-from osqbox.cli import find
+from osqbox.cli import find, serve
 from osqbox.cli.env import environment
+from osqbox.settings import Retention
 
 INFO = {
     "pid": 7,
@@ -198,3 +199,12 @@ def test_flags(api: Any, box: Any, run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "f").read_text() == text
     assert f"\n--tls_client_cert={tmp_path}/data/client.pem\n" in run("flags", "--client-cert").stdout
     assert run("flags", "--out", str(tmp_path / "no" / "f")).exit_code == 3
+
+
+def test_what_is_kept_of_the_logs_follows_the_options_of_serve(tmp_path: Path) -> None:
+    def kept(*words: str) -> Retention:
+        options = serve.command.make_context("serve", list(words)).params
+        return serve.settings_from(options, tmp_path, ephemeral=True).retention
+
+    assert kept() == Retention()
+    assert kept("--keep-log-lines", "7", "--keep-log-mib", "3") == Retention(log_lines=7, log_bytes=3 * 1024 * 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import trio
@@ -29,6 +30,35 @@ def test_a_campaign_goes_to_who_is_reachable_and_wakes_their_held_reads(rig):
         assert everybody["summary"]["targets"] == 2
         named = (await box.post("/api/v1/campaigns", {"sql": "select 1", "nodes": [lost.id]}, 201)).json
         assert named["summary"]["targets"] == 1
+
+    rig(test)
+
+
+def test_a_held_read_is_woken_also_when_the_operator_has_left(rig):
+    """The campaign is written all the same; its nodes must not learn it only when their reads end."""
+
+    async def test(box):
+        web = await box.enroll("web")
+        held = box.presence.hold(web.id)
+        writing, go_on = threading.Event(), threading.Event()
+
+        def block(tx):
+            writing.set()
+            assert go_on.wait(10)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(box.store.write, block)
+            await trio.to_thread.run_sync(writing.wait, 10)
+            async with trio.open_nursery() as operator:
+                operator.start_soon(box.post, "/api/v1/campaigns", {"sql": "select 1", "all": True}, 201)
+                with trio.fail_after(5):
+                    while not box.store.statistics().queued_jobs:
+                        await trio.sleep(0.001)
+                operator.cancel_scope.cancel()
+            go_on.set()
+        with trio.fail_after(5):
+            await held.wait()
+        assert box.store.peek(campaigns.count_open) == 1
 
     rig(test)
 

@@ -37,6 +37,8 @@ async def send(box, node, data, *, block_size=4096, blocks=None, carve_id="carve
         await box.store.write(
             lambda tx, block=block, piece=piece: carves.receive_block(tx, block, piece, None), bulk=True
         )
+    if blocks is None:
+        await box.parts.osquery.complete_carve(session)
     return session
 
 
@@ -130,7 +132,8 @@ def test_a_deleted_carve_is_gone(rig):
         assert (await box.delete("/api/v1/carves/latest")).json == {"deleted": session}
         await box.get(f"/api/v1/carves/{session}/archive", 404)
         await box.delete(f"/api/v1/carves/{session}", 404)
-        assert box.store.peek(lambda db: db.execute("SELECT count(*) FROM osquery_carve_blocks").fetchone()) == (0,)
+        assert (await box.get("/api/v1/carves")).json == []
+        assert [dropped for dropped, _ in box.store.peek(carves.to_drop)] == [session]
 
     rig(test)
 

@@ -188,7 +188,7 @@ class Api:
         gone: trio.Event | None = None,
     ) -> Response | None:
         """The answer to a request; a body that is no bytes is sent as JSON."""
-        gone = gone or trio.Event()
+        gone = trio.Event() if gone is None else gone
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await self.door.answer(Request(method, target, headers or {}, raw, who or peer(), gone.wait))
 

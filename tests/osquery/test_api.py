@@ -5,10 +5,16 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 import logging
+import random
+import sqlite3
 import ssl
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -661,6 +667,143 @@ def test_two_connections_of_one_node_both_hold_and_both_are_woken(api: Run) -> N
     api(test, read_hold_s=10)
 
 
+@pytest.mark.parametrize("moment", ["before look 1", "after look 1", "after hold", "after look 2"])
+def test_a_campaign_that_is_written_at_any_moment_of_a_read_is_offered(
+    api: Run, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The writer has a thread of its own: its commit may fall between any two steps of the loop."""
+
+    async def test(api: Any) -> None:
+        key = await api.enroll()
+        writing, go_on = threading.Event(), threading.Event()
+        passed: list[str] = []
+
+        def slowly(tx: Any) -> list[str]:
+            writing.set()
+            assert go_on.wait(10)
+            order = Order("select 1", Selector(), 60.0, everyone=True)
+            return campaigns.start(tx, order, lambda _: (), api.new_id)[1]
+
+        async def start() -> None:
+            api.presence.wake(await api.do(slowly))
+
+        def at(now: str) -> None:
+            passed.append(now)
+            if now == moment:
+                go_on.set()
+                while not api.store.peek(campaigns.count_open):
+                    time.sleep(0.0005)  # the loop stands still, the commit comes
+
+        real_look, real_hold = api.handler._has_work, api.presence.hold
+        looks = itertools.count(1)
+
+        def look(node: Any) -> Any:
+            number = next(looks)
+            at(f"before look {number}")
+            found = real_look(node)
+            at(f"after look {number}")
+            return found
+
+        def hold(node_id: str) -> Any:
+            woken = real_hold(node_id)
+            at("after hold")
+            return woken
+
+        monkeypatch.setattr(api.handler, "_has_work", look)
+        monkeypatch.setattr(api.presence, "hold", hold)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start)
+            await trio.to_thread.run_sync(writing.wait, 10)
+            with trio.fail_after(5):
+                answer = await api.tell("/distributed/read", {"node_key": key})
+        assert len(answer["queries"]) == 1
+        assert moment in passed
+
+    api(test, read_hold_s=12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_polls_leaves_and_enrolls_meanwhile_a_campaign_reaches_its_node(api: Run, seed: int) -> None:
+    """Polls of one node at once, some abandoned; a new enrollment; more campaigns: all at every moment of each other.
+
+    Who polls with the node's latest key gets every campaign long before the hold ends. Nobody is held while there is
+    work, and a key that was replaced gets nothing.
+    """
+    chance = random.Random(seed)
+
+    async def test(api: Any) -> None:
+        keys = [await api.enroll()]
+        node = api.node().id
+
+        async def later(work: Callable[[], Awaitable[None]]) -> None:
+            for _ in range(chance.randrange(12)):
+                await trio.lowlevel.checkpoint()
+            if chance.random() < 0.3:
+                await trio.sleep(chance.random() / 500)
+            await work()
+
+        for _ in range(40):
+            started: list[str] = []
+            key, replacing = keys[-1], trio.Event()
+
+            async def poll(key: str = key, replacing: trio.Event = replacing) -> None:
+                answer = await api.tell("/distributed/read", {"node_key": key})
+                assert answer.get("queries") or (replacing.is_set() and answer["node_invalid"] is True), answer
+
+            async def leave(key: str = key) -> None:
+                gone = trio.Event()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(partial(api.ask, "/distributed/read", {"node_key": key}, gone=gone))
+                    await later(trio.lowlevel.checkpoint)
+                    gone.set()
+
+            async def enroll(replacing: trio.Event = replacing) -> None:
+                replacing.set()
+                keys.append(await api.enroll())
+
+            async def start(started: list[str] = started) -> None:
+                started.append((await ask_all(api)).id)
+
+            deeds = [start] * chance.randint(1, 2) + [poll] * chance.randint(1, 3) + [leave] * chance.randint(0, 2)
+            deeds += [enroll] * (chance.random() < 0.4)
+            chance.shuffle(deeds)
+            with trio.fail_after(8):
+                async with trio.open_nursery() as nursery:
+                    for deed in deeds:
+                        nursery.start_soon(later, deed)
+                queries = (await api.tell("/distributed/read", {"node_key": keys[-1]}))["queries"]
+            assert set(queries) == set(started)
+            assert api.presence.statistics().reads_held == 0
+            await api.tell("/distributed/write", {"node_key": keys[-1], "queries": {name: [] for name in queries}})
+            assert api.node().id == node
+        assert api.store.peek(campaigns.count_open) == 0
+
+    api(test, read_hold_s=12)
+
+
+def test_a_node_that_answers_twice_at_once_is_counted_once(api: Run, kit: Any) -> None:
+    """Two connections, many campaigns, every pair of writes in one commit or in two."""
+
+    async def test(api: Any) -> None:
+        key = await api.enroll()
+        made = [await ask_all(api) for _ in range(20)]
+        assert len((await api.tell("/distributed/read", {"node_key": key}))["queries"]) == 20
+        async with trio.open_nursery() as nursery:
+            for number, campaign in enumerate(made):
+                for copy in range(2):
+                    body = {"node_key": key, "queries": {campaign.id: [{"copy": str(copy)}]}}
+                    who = kit.peer(f"c-{number}-{copy}")
+                    nursery.start_soon(partial(api.tell, "/distributed/write", body, who=who))
+        for campaign in made:
+            counted = summary(api, campaign)
+            assert (counted["targets"], counted["answered"], counted["open"]) == (1, 1, 0)
+            assert len(api.store.peek(lambda db, id_=campaign.id: campaigns.ended_after(db, id_, 0))) == 1
+        for kind in ("target_ended", "campaign_ended", "answers_ignored"):
+            assert len(api.events(kind)) == 20
+
+    api(test)
+
+
 # carves
 
 
@@ -700,6 +843,102 @@ def test_a_block_that_is_not_stored_breaks_the_connection_instead_of_an_answer(s
         assert sum(api.handler.statistics()["refused"].values()) == len(bad) + 1
 
     served(test)
+
+
+class Gate:
+    """Stops the hashing of a carve after its first page, until `open`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self._open = threading.Event(), threading.Event()
+        self.passes = 0
+        real = carves.Digest.feed
+
+        def feed(digest: carves.Digest, db: sqlite3.Connection, session: str) -> bool:
+            more = real(digest, db, session)
+            self.passes += not more
+            self.reached.set()
+            assert self._open.wait(20)
+            return more
+
+        monkeypatch.setattr(carves.Digest, "feed", feed)
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def wait(self) -> None:
+        await trio.to_thread.run_sync(self.reached.wait, 20)
+
+
+async def one_block_short(api: Any) -> tuple[str, dict[str, Any]]:
+    """A carve but for its last block, and that."""
+    begin = {"node_key": await api.enroll(), "block_count": 2, "block_size": 3, "carve_size": 6, "request_id": "r"}
+    session = (await api.tell("/carve/begin", begin))["session_id"]
+    body = {"session_id": session, "request_id": "r", "data": base64.b64encode(b"abc").decode()}
+    assert await api.tell("/carve/block", {**body, "block_id": 0}) == FINE
+    return session, {**body, "block_id": 1}
+
+
+def test_others_write_while_a_carve_is_hashed_and_its_last_block_waits(
+    api: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent again meanwhile, on any connection, it waits as well; the archive is hashed once."""
+    gate = Gate(monkeypatch)
+
+    async def test(api: Any) -> None:
+        session, last = await one_block_short(api)
+        answers: list[Any] = []
+
+        async def send() -> None:
+            answers.append(await api.tell("/carve/block", last))
+            assert api.events("carve_completed")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(send)
+            await gate.wait()
+            for _ in range(20):
+                await api.do(lambda tx: tx.emit("written"))
+            assert answers == api.events("carve_completed") == []
+            gate.open()
+        assert answers == [FINE] * 3
+        facts = api.store.peek(lambda db: carves.get(db, session))
+        assert (facts["status"], facts["sha256"]) == ("complete", hashlib.sha256(b"abcabc").hexdigest())
+        assert gate.passes == len(api.events("carve_completed")) == 1
+
+    api(test)
+
+
+@pytest.mark.parametrize("deed", ["leave", "delete"])
+def test_a_carve_whose_hashing_breaks_off(api: Run, monkeypatch: pytest.MonkeyPatch, deed: str) -> None:
+    """Left by the client it is completed by the next who comes; deleted it stays deleted."""
+    gate = Gate(monkeypatch)
+
+    async def test(api: Any) -> None:
+        session, last = await one_block_short(api)
+        answers: list[Any] = []
+
+        async def send() -> None:
+            answers.append(await api.tell("/carve/block", last))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await gate.wait()
+            if deed == "leave":
+                nursery.cancel_scope.cancel()
+            else:
+                await api.do(carves.delete, session)
+            gate.open()
+        await api.upkeep._complete_carves()
+        if deed == "leave":
+            assert answers == []
+            assert api.store.peek(lambda db: carves.get(db, session))["sha256"] == hashlib.sha256(b"abcabc").hexdigest()
+            assert await api.tell("/carve/block", last) == FINE
+        else:
+            assert answers == [FINE]
+            assert api.events("carve_completed") == []
+            assert await api.ask("/carve/block", last) is None
+
+    api(test)
 
 
 def test_a_refused_carve_gets_no_session(api: Run) -> None:

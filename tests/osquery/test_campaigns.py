@@ -101,6 +101,20 @@ def test_only_the_first_answer_counts(world: Any) -> None:
     assert world.events[-1].kind == "answers_ignored"
 
 
+def test_an_answer_given_twice_in_one_write_counts_once(world: Any) -> None:
+    node, other = world.node("a"), world.node("b")
+    campaign = start(world)
+    twice = [answer(campaign, rows=[{"n": "1"}]), answer(campaign, rows=[{"n": "2"}]), answer(campaign, ok=False)]
+    assert world.do(campaigns.write, node, twice) == 1
+    assert states(world, campaign) == {"answered": 1, "pending": 1}
+    assert campaigns.get(world.db, campaign.id).ended_at is None
+    assert [account["rows"] for account in accounts(world, campaign)] == [[{"n": "1"}]]
+    assert world.do(campaigns.write, other, [answer(campaign)]) == 1
+    assert campaigns.get(world.db, campaign.id).ended_at is not None
+    assert world.kinds().count("target_ended") == 2
+    assert world.kinds().count("campaign_ended") == 1
+
+
 def test_a_node_answers_for_itself_only(world: Any) -> None:
     asked, other = world.node("a"), world.node("b")
     campaign = start(world, selector=Selector(nodes=("a",)))

@@ -47,7 +47,18 @@ def block(session: str, number: int | str, data: bytes, request: str = "r-1") ->
 
 def send(world: Any, session: str, number: int | str, data: bytes, node: Any = None, **more: Any) -> None:
     message = block(session, number, data, more.pop("request", "r-1"))
-    world.do(carves.receive_block, message, carves.block_data(message), node, **more)
+    if world.do(carves.receive_block, message, carves.block_data(message), node, **more):
+        digest = carves.Digest()
+        while digest.feed(world.db, session):
+            pass
+        world.do(carves.complete, session, digest)
+
+
+def drop(world: Any) -> None:
+    """What the upkeep does with carves that nobody can read any more."""
+    for session, block_bytes in carves.to_drop(world.db):
+        while world.do(carves.drop_blocks, session, block_bytes):
+            pass
 
 
 def carve(world: Any, node: Any, content: bytes, block_bytes: int = 100, order: Any = None, **more: Any) -> str:
@@ -185,7 +196,91 @@ def test_an_empty_file_is_complete_at_once(world: Any) -> None:
     refused(send, world, session, 0, b"")
 
 
+# the digest
+
+
+def awaiting(world: Any, node: Any, content: bytes, block_bytes: int, **more: Any) -> str:
+    """A carve with all its blocks, not hashed yet."""
+    session = begin(world, node, content, block_bytes, **more)
+    for number in range(-(-len(content) // block_bytes)):
+        data = content[number * block_bytes : (number + 1) * block_bytes]
+        world.do(carves.receive_block, block(session, number, data), data, node)
+    return session
+
+
+def test_a_carve_with_all_its_blocks_awaits_its_digest(world: Any) -> None:
+    """It is neither given up nor begun anew meanwhile, and whoever sends a block again learns that it must wait."""
+    node = world.node()
+    session = awaiting(world, node, b"x" * 25, 10)
+    begin(world, node, b"x" * 25, 10, carve="half")
+    assert carves.awaiting_digest(world.db) == [session]
+    assert (facts := carves.get(world.db, session))["status"] == "receiving"
+    assert (facts["sha256"], facts["received_blocks"]) == (None, 3)
+    assert world.do(carves.receive_block, block(session, 1, b"x" * 10), b"x" * 10, node) is True
+    assert begin(world, node, b"x" * 25, 10) == session
+    for number in range(carves.OPEN_PER_NODE + 2):
+        begin(world, node, b"x" * 25, 10, carve=f"g{number}")
+    world.now += carves.IDLE_S + 1
+    world.do(carves.expire)
+    assert carves.awaiting_digest(world.db) == [session]
+    digest = carves.Digest()
+    while digest.feed(world.db, session):
+        pass
+    for _ in range(2):
+        world.do(carves.complete, session, digest)
+    assert carves.get(world.db, session)["sha256"] == hashlib.sha256(b"x" * 25).hexdigest()
+    assert world.kinds().count("carve_completed") == 1
+    assert carves.awaiting_digest(world.db) == []
+    assert world.do(carves.receive_block, block(session, 1, b"x" * 10), b"x" * 10, node) is False
+
+
+@pytest.mark.parametrize("deed", ["half", "deleted", "expired"])
+def test_only_a_carve_with_all_its_blocks_can_be_complete(world: Any, deed: str) -> None:
+    node = world.node()
+    if deed == "deleted":
+        session = awaiting(world, node, b"x" * 25, 10)
+        world.do(carves.delete, session)
+    else:
+        send(world, session := begin(world, node, b"x" * 25, 10), 0, b"x" * 10)
+        if deed == "expired":
+            world.now += carves.IDLE_S + 1
+            world.do(carves.expire)
+    before = world.db.execute("SELECT * FROM osquery_carves").fetchall()
+    world.do(carves.complete, session, carves.Digest())
+    assert world.db.execute("SELECT * FROM osquery_carves").fetchall() == before
+    assert "carve_completed" not in world.kinds()
+
+
+@pytest.mark.parametrize("page_bytes", [1, 64, 100, 1000, 10**9])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_digest_is_the_same_whatever_the_pages(
+    world: Any, monkeypatch: pytest.MonkeyPatch, page_bytes: int, packed: bool
+) -> None:
+    monkeypatch.setattr(carves, "DIGEST_PAGE_BYTES", page_bytes)
+    content = (carves.ZSTD_MAGIC if packed else b"") + bytes(range(256)) * 5 + carves.ZSTD_MAGIC
+    session = carve(world, world.node(), content, 64)
+    facts = carves.get(world.db, session)
+    assert (facts["sha256"], facts["compressed"]) == (hashlib.sha256(content).hexdigest(), packed)
+
+
 # giving up and dropping
+
+
+def test_blocks_are_dropped_few_by_few(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the carve, no one write takes long; a block larger than a step is a step."""
+    monkeypatch.setattr(carves, "DROP_BYTES", 30)
+    node = world.node()
+    kept = carve(world, node, b"k" * 100, 10, carve="kept")
+    for session, steps in ((carve(world, node, b"x" * 95, 10), 4), (carve(world, node, b"x" * 95, 50), 2)):
+        world.do(carves.delete, session)
+        assert carves.blocks(world.db, session, 0, 10) == []
+        ((_, block_bytes),) = carves.to_drop(world.db)
+        for _ in range(steps):
+            assert world.do(carves.drop_blocks, session, block_bytes) is True
+        assert world.do(carves.drop_blocks, session, block_bytes) is False
+    assert [facts["id"] for facts in carves.latest(world.db, 10)] == [kept]
+    assert world.count("osquery_carves") == 1
+    assert world.count("osquery_carve_blocks") == 10
 
 
 def test_a_carve_that_stalls_is_given_up(world: Any) -> None:
@@ -194,7 +289,10 @@ def test_a_carve_that_stalls_is_given_up(world: Any) -> None:
     world.now += carves.IDLE_S + 1
     world.do(carves.expire)
     assert carves.get(world.db, session)["status"] == "expired"
+    assert refused(send, world, session, 0, b"x" * 10).reason == "carve_unknown"
+    drop(world)
     assert world.count("osquery_carve_blocks") == 0
+    assert carves.to_drop(world.db) == []
     assert refused(send, world, session, 0, b"x" * 10).reason == "carve_unknown"
     with pytest.raises(BadUsage, match="is expired"):
         carves.members(world.db, session)
@@ -223,6 +321,7 @@ def test_the_oldest_ended_carves_make_room(world: Any) -> None:
     send(world, receiving, 0, b"x" * 100)
     world.do(carves.prune, 300)
     assert {facts["id"] for facts in carves.latest(world.db, 10)} == {*made[2:], receiving}
+    drop(world)
     assert world.count("osquery_carve_blocks") == 3
     assert world.db.execute("SELECT count FROM store_drops WHERE kind = 'carves'").fetchone() == (2,)
 
@@ -254,6 +353,10 @@ def test_even_open_carves_stay_within_the_bound(world: Any, monkeypatch: pytest.
 def test_a_deleted_carve_is_gone_with_its_blocks(world: Any) -> None:
     session = carve(world, world.node(), b"x" * 250)
     world.do(carves.delete, session)
+    assert carves.latest(world.db, 10) == []
+    world.do(carves.prune, 0)
+    assert world.count("store_drops") == 0
+    drop(world)
     assert world.count("osquery_carves") == world.count("osquery_carve_blocks") == 0
     for call in (lambda: carves.get(world.db, session), lambda: world.do(carves.delete, session)):
         with pytest.raises(BadUsage, match="no carve"):

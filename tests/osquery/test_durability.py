@@ -14,8 +14,9 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ ACKNOWLEDGED_BEFORE_KILL = 60
 KILLS = 2
 
 BOX = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import trio
 from osqbox.box import open_box
+from osqbox.osquery import carves
 from osqbox.settings import Settings
+
+if "never-hash" in sys.argv:
+    carves.Digest.feed = lambda *_: time.sleep(60)
 
 async def main():
     data, certs = map(Path, sys.argv[1:3])
@@ -52,9 +57,9 @@ class Box:
         self._certs = certs
         self.start()
 
-    def start(self) -> None:
+    def start(self, *words: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BOX, str(self.data), str(self._certs)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", BOX, str(self.data), str(self._certs), *words], stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
         self.ready: dict[str, Any] = json.loads(self.process.stdout.readline())
@@ -225,6 +230,41 @@ def test_every_acknowledged_line_and_block_is_there_exactly_once_after_a_kill(bo
     assert hashlib.sha256(data).digest() == hashlib.sha256(carver.content[: len(data)]).digest()
     for agent in agents:
         agent._connection.close()
+
+
+class ShortCarver(Carver):
+    COUNT = 3
+
+
+@pytest.mark.parametrize("sends_again", [True, False])
+def test_a_carve_whose_hashing_was_killed_is_completed_by_the_next_box(box: Box, sends_again: bool) -> None:
+    """Its last block was stored, but not acknowledged; the agent may send it again, or be gone for good."""
+    box.kill()
+    box.start("never-hash")
+    carver = ShortCarver(box, "carver", threading.Semaphore(0))
+    carver.start()
+    received = "SELECT 1 FROM osquery_carves WHERE received_blocks = block_count AND state = 'receiving'"
+    until(lambda: box.rows(received))
+    box.kill()
+    carver.join(timeout=20)
+    assert carver.error is None
+    assert carver.acknowledged == carver.COUNT - 1
+    assert box.rows(received)
+    box.start()
+    if sends_again:
+        carver.resume()
+        carver._connection.close()
+    else:
+        until(lambda: not box.rows(received))
+    digest = hashlib.sha256(carver.content).hexdigest()
+    assert box.rows("SELECT state, sha256 FROM osquery_carves") == [("complete", digest)]
+
+
+def until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_keys_config_and_campaigns_outlive_a_kill(box: Box) -> None:

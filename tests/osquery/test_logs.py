@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import pytest
+from sqlite_utils import Database
 
 from osqbox.osquery import logs, nodes
 from osqbox.osquery.logs import LogFilter
 from osqbox.osquery.messages import LogBatch, LogLine, decode, log_lines
+from osqbox.osquery.tables import migrations
+from osqbox.settings import Retention
 
 
 def line(text: str, name: str | None = "q", action: str | None = "added") -> LogLine:
@@ -119,11 +124,11 @@ def test_the_oldest_lines_are_dropped_and_counted(world: Any) -> None:
     node = world.node()
     for number in range(20):
         receive(world, node, f"{number}")
-    world.do(logs.prune, 15, 3600)
+    world.do(logs.prune, Retention(log_lines=15, log_age_s=3600))
     assert kept(world) == [str(number) for number in range(5, 20)]
     assert world.db.execute("SELECT count FROM store_drops WHERE kind = 'logs'").fetchone() == (5,)
     assert world.events[-1].data == {"lines": 5}
-    assert world.do(logs.prune, 15, 3600) is False
+    assert world.do(logs.prune, Retention(log_lines=15, log_age_s=3600)) is False
     assert logs.last_seq(world.db) == 20
 
 
@@ -132,7 +137,7 @@ def test_old_lines_are_dropped_and_counted(world: Any) -> None:
     receive(world, node, "old")
     world.now += 100
     receive(world, node, "new")
-    world.do(logs.prune, 1000, 50)
+    world.do(logs.prune, Retention(log_lines=1000, log_age_s=50))
     assert kept(world) == ["new"]
 
 
@@ -142,7 +147,7 @@ def test_what_is_dropped_is_counted_also_when_the_clock_was_set_back(world: Any)
         world.now += step
         receive(world, node, str(world.now))
     world.now += 60
-    world.do(logs.prune, 1000, 100)
+    world.do(logs.prune, Retention(log_lines=1000, log_age_s=100))
     dropped = world.db.execute("SELECT count FROM store_drops WHERE kind = 'logs'").fetchone()[0]
     assert dropped + len(kept(world)) == 4
 
@@ -152,9 +157,66 @@ def test_a_great_pile_is_dropped_in_steps(world: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(logs, "PRUNE_LINES", 4)
     receive(world, world.node(), *map(str, range(10)))
     steps = 1
-    while world.do(logs.prune, 1, 3600):
+    while world.do(logs.prune, Retention(log_lines=1, log_age_s=3600)):
         steps += 1
     assert (steps, kept(world)) == (3, ["9"])
+
+
+def real_bytes(world: Any) -> int:
+    return sum(len(text.encode()) for text in kept(world))
+
+
+def test_lines_are_bounded_in_bytes(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest go, just as many as must; what is counted is what is kept, whatever else is dropped."""
+    node = world.node()
+    monkeypatch.setattr(logs, "PRUNE_BYTES", 150)
+    for number in range(9):
+        receive(world, node, f"{number}" * 40, f"é\x00{number}" * 10)
+    assert logs.size_bytes(world.db) == real_bytes(world) == 9 * 80
+    assert world.do(logs.prune, Retention(log_bytes=720)) is False
+    assert len(kept(world)) == 18
+    assert world.do(logs.prune, Retention(log_bytes=330)) is True  # a step, then the rest
+    assert world.do(logs.prune, Retention(log_bytes=330)) is True
+    assert world.do(logs.prune, Retention(log_bytes=330)) is False
+    assert logs.size_bytes(world.db) == real_bytes(world) == 320
+    assert kept(world)[0] == "5" * 40
+    assert world.db.execute("SELECT count FROM store_drops WHERE kind = 'logs'").fetchone() == (10,)
+    while world.do(logs.prune, Retention(log_lines=3)):
+        pass
+    assert logs.size_bytes(world.db) == real_bytes(world) == 120
+    world.now += 100
+    while world.do(logs.prune, Retention(log_age_s=50)):
+        pass
+    assert logs.size_bytes(world.db) == real_bytes(world) == 0
+    receive(world, node, "x" * 500)
+    world.do(logs.prune, Retention(log_bytes=1))
+    assert kept(world) == []
+
+
+def test_a_batch_that_is_not_stored_is_not_counted(world: Any) -> None:
+    node = world.node()
+    receive(world, node, "abc")
+    receive(world, node, "abc", at="c2")
+    assert logs.size_bytes(world.db) == 3
+
+
+def test_a_database_from_before_is_measured_once() -> None:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        migrations.apply(Database(db), stop_before="m006_log_bytes")
+        insert = "INSERT INTO osquery_logs(tenant, node, log_type, received_at, line) VALUES ('', '', '', 0, ?)"
+        db.executemany(insert, [("é",), ("a\x00b",)])
+        migrations.apply(Database(db))
+        assert logs.size_bytes(db) == 5
+
+
+def test_what_is_kept_is_looked_at_by_key(world: Any) -> None:
+    """With nothing to drop no line's text is read, and nothing is added up."""
+    receive(world, world.node(), "x", "y")
+    seen: list[str] = []
+    world.db.set_trace_callback(seen.append)
+    world.do(logs.prune, Retention())
+    world.db.set_trace_callback(None)
+    assert not [sql for sql in seen if "line" in sql or "sum" in sql]
 
 
 def test_lines_of_a_deleted_node_stay(world: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -15,10 +16,11 @@ import trio
 
 from osqbox import feed
 from osqbox.errors import BadSetup, BadUsage
-from osqbox.osquery import campaigns, configs, logs, nodes, upkeep
+from osqbox.osquery import campaigns, carves, configs, logs, nodes, upkeep
 from osqbox.osquery.amalgamate import Source
 from osqbox.osquery.campaigns import Order
 from osqbox.osquery.logs import LogFilter
+from osqbox.osquery.messages import CarveBlock
 from osqbox.osquery.nodes import Selector
 from osqbox.osquery.upkeep import load_config_files
 from osqbox.settings import Retention
@@ -245,6 +247,80 @@ def test_retention_drops_and_counts(api: Run) -> None:
         assert newest - oldest + 1 == 15
 
     api(test, retention=Retention(log_lines=10, events=15))
+
+
+def test_logs_are_bounded_in_bytes(api: Run) -> None:
+    async def test(api: Any) -> None:
+        key = await api.enroll()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(api.upkeep.run)
+            for number in range(20):
+                await api.ask("/log", {"node_key": key, "log_type": "result", "data": [{"n": f"{number:02}" * 45}]})
+            await until(lambda: api.store.peek(logs.size_bytes) <= 1000)
+            nursery.cancel_scope.cancel()
+        lines = api.store.peek(lambda db: list(logs.export(db, LogFilter())))
+        assert [line[7:9] for line in lines] == [f"{number:02}" for number in range(20 - len(lines), 20)]
+        assert sum(map(len, lines)) == api.store.peek(logs.size_bytes) > 900
+        assert api.store.peek(drops)["logs"] == 20 - len(lines)
+
+    api(test, retention=Retention(log_bytes=1000))
+
+
+CARVE = {"block_count": 2, "block_size": 5, "carve_size": 10, "carve_id": "g", "request_id": "r"}
+
+
+async def carved_but_for_its_digest(api: Any) -> str:
+    """What a box that ended in the middle of the last block's request leaves behind."""
+    session: str = (await api.tell("/carve/begin", {**CARVE, "node_key": await api.enroll()}))["session_id"]
+    for number in range(2):
+        message = CarveBlock(number, session, "MDEyMzQ=", "r")
+        await api.do(carves.receive_block, message, b"01234", None)
+    assert api.store.peek(lambda db: carves.get(db, session))["status"] == "receiving"
+    return session
+
+
+def test_a_carve_that_was_left_without_its_digest_is_completed(api: Run) -> None:
+    async def test(api: Any) -> None:
+        session = await carved_but_for_its_digest(api)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(api.upkeep.run)
+            await until(lambda: api.events("carve_completed"))
+            nursery.cancel_scope.cancel()
+        facts = api.store.peek(lambda db: carves.get(db, session))
+        assert (facts["status"], facts["sha256"]) == ("complete", hashlib.sha256(b"0123401234").hexdigest())
+
+    api(test)
+
+
+def test_deleted_expired_and_dropped_carves_free_their_room(api: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carves, "DROP_BYTES", 1)
+
+    async def test(api: Any) -> None:
+        session = await carved_but_for_its_digest(api)
+        await api.handler.complete_carve(session)
+        body = {"session_id": session, "block_id": 0, "request_id": "r", "data": "MDEyMzQ="}
+        assert await api.tell("/carve/block", body) == {"node_invalid": False}
+        await api.do(carves.delete, session)
+        assert await api.ask("/carve/block", body) is None
+        stalled = (await api.tell("/carve/begin", {**CARVE, "node_key": await api.enroll()}))["session_id"]
+        await api.tell("/carve/block", {**body, "session_id": stalled})
+        api.clock.at += carves.IDLE_S + 1
+
+        def left() -> Any:
+            return api.store.peek(
+                lambda db: (
+                    db.execute("SELECT count(*) FROM osquery_carve_blocks").fetchone()[0],
+                    db.execute("SELECT session_id, state FROM osquery_carves").fetchall(),
+                )
+            )
+
+        assert left()[0] == 3
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(api.upkeep.run)
+            await until(lambda: left() == (0, [(stalled, "expired")]))
+            nursery.cancel_scope.cancel()
+
+    api(test)
 
 
 def test_old_logs_go_by_age(api: Run) -> None:
