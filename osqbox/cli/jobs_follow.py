@@ -40,12 +40,16 @@ class OutputPrinter:
     def __init__(self, *, sanitize: str = "auto", timestamps: bool = False) -> None:
         self._stdout = _Sink(sys.stdout.buffer, sanitize, timestamps)
         self._stderr = _Sink(sys.stderr.buffer, sanitize, timestamps)
+        self.offset = 0
+        """Behind the last byte that was taken."""
 
     def take(self, event: OutputEvent) -> None:
         match event:
-            case Chunk(stream, _, data, at):
+            case Chunk(stream, offset, data, at):
+                self.offset = offset + len(data)  # before it is printed: a Ctrl-C in between must not bring it again
                 (self._stderr if stream is Stream.STDERR else self._stdout).write(data, at)
             case Truncated(start, end):
+                self.offset = end
                 tell(f"bytes {start} to {end} of the output are not kept")
 
     def close(self) -> None:
@@ -158,7 +162,7 @@ class Attended:
             except KeyboardInterrupt:
                 if not self._takes_along:
                     self._let_go()
-                return self._stop_it()
+                return self._stop_it(stay)
             except Gone as gone:
                 self._stop_it()
                 raise click.exceptions.Exit(128 + gone.number) from None
@@ -169,18 +173,20 @@ class Attended:
 
     def _let_go(self) -> None:
         """Returns if the job is to be stopped."""
-        tell(as_called(f"\n{printable(self._job)} goes on without us: {self._how_to_follow}; Ctrl-C again stops it"))
-        try:
+        hint = as_called(f"\n{printable(self._job)} goes on without us: {self._how_to_follow}; Ctrl-C again stops it")
+        try:  # around the hint too: whoever has read it may be quick
+            tell(hint)
             threading.Event().wait(SECOND_CTRL_C_S)
         except KeyboardInterrupt:
             return
         raise click.exceptions.Exit(130)
 
-    def _stop_it(self) -> Status:
+    def _stop_it(self, stay: Callable[[], Status] | None = None) -> Status:
+        """Returns once it has ended, and ``stay`` has seen its end as well."""
         tell(f"stopping {printable(self._job)} ...")
         with self._open_jobs() as jobs:
             jobs.stop(self._job)
-            return jobs.wait(self._job)
+            return stay() if stay else jobs.wait(self._job)
 
 
 @contextmanager

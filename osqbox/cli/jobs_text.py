@@ -47,11 +47,17 @@ class Size(ParamType):
 
     name = "size"
 
+    def __init__(self, at_least: int = 0) -> None:
+        self._at_least = at_least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)([kmgt]?)(?:i?b)?", str(value).lower())
         if not found:
             self.fail(f"expected a size such as 1000, 64k, 512M or 2GiB, got {printable(value)!r}", param, ctx)
-        return int(float(found[1]) * 1024 ** _UNITS[found[2]])
+        size = int(float(found[1]) * 1024 ** _UNITS[found[2]])
+        if size < self._at_least:
+            self.fail(f"expected at least {self._at_least}, got {size}", param, ctx)
+        return size
 
 
 class Signal(ParamType):

@@ -213,7 +213,7 @@ def _as_ours() -> Iterator[None]:
 @click.option("--grace", "grace_s", type=Duration(), help="Between the stop signal and SIGKILL. Default: 10s.")
 @click.option("--stop-signal", type=Signal(), help="Asks it to end. Default: TERM.")
 @click.option("--merged", is_flag=True, help="One pipe for stdout and stderr: their exact order, but not apart.")
-@click.option("--max-output", "max_output_bytes", type=Size(), help="Keep at most so much output: 64k, 512M, 2G.")
+@click.option("--max-output", "max_output_bytes", type=Size(1), help="Keep at most so much output: 64k, 512M, 2G.")
 @click.option(
     "--overflow",
     type=click.Choice(("kill", "discard-new", "keep-head-and-tail")),
@@ -225,12 +225,12 @@ def _as_ours() -> Iterator[None]:
 @click.option("--link-output", is_flag=True, help="Also link the output into ~/.osqbox/jobs of its user.")
 @click.option("--idempotency-key", metavar="KEY", help="The same key with the same request is the same job.")
 @click.option("-l", "--label", "labels", type=Pair(), multiple=True, metavar="NAME=VALUE", help="To find it by.")
-@click.option("--limit-memory", "memory_bytes", type=Size(), help="Bytes of memory: 512M.")
+@click.option("--limit-memory", "memory_bytes", type=Size(1), help="Bytes of memory: 512M.")
 @click.option("--limit-cpu", "cpu_cores", type=click.FloatRange(0, min_open=True), help="Share of CPU time: 0.5, 2.")
 @click.option("--limit-cpu-time", "cpu_time_s", type=Duration(), help="CPU time in all.")
 @click.option("--limit-processes", "processes", type=click.IntRange(1), help="Processes at once.")
 @click.option("--limit-open-files", "open_files", type=click.IntRange(1), help="Open files of each process.")
-@click.option("--limit-file-size", "file_bytes", type=Size(), help="Largest file it may write.")
+@click.option("--limit-file-size", "file_bytes", type=Size(1), help="Largest file it may write.")
 @_sanitize
 @json_option
 @with_jobs
@@ -308,8 +308,10 @@ def _attend(
     from osqbox.cli.jobs_follow import Attended, OutputPrinter, follow, forward_stdin
     from osqbox.jobs.messages import OutputRequest
 
+    printer = OutputPrinter(sanitize=sanitize)
+
     def stay() -> Status:
-        if attach and (ended := follow(client, job, OutputRequest(), OutputPrinter(sanitize=sanitize))):
+        if attach and (ended := follow(client, job, OutputRequest(printer.offset), printer)):
             return ended
         return client.wait(job)
 
@@ -505,7 +507,7 @@ def resume(jobs: Jobs, job: str, as_json: bool) -> None:
 @json_option
 @with_jobs
 def send_signal(jobs: Jobs, job: str, number: int, as_json: bool) -> None:
-    """Send a signal to every process of a job."""
+    """Send a signal to the command of a job; what it started gets none."""
     with jobs.open() as client:
         _report(client.signal(job, number), "", as_json)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 from protobuf import Message, Oneof
 
 from osqbox.jobs import client_wire as wire
-from osqbox.jobs.errors import Code, JobError
+from osqbox.jobs.errors import Code, JobError, invalid
 from osqbox.jobs.grpc_h2 import BROKEN, FINAL, TOO_LARGE, UNWELCOME, Channel
 from osqbox.jobs.messages import KIB, Chunk, End, JobSpec, OutputEvent, OutputRequest, State, Status, Truncated
 from osqbox.jobs.v1 import jobs_pb as pb
@@ -127,7 +127,7 @@ class JobClient:
         return wire.status(answer.status), answer.already_ended
 
     def signal(self, job: str, number: int) -> Status:
-        """Send a signal to every process of the job."""
+        """Send a signal to the command itself, not to what it started."""
         action: Oneof[Literal["signal"], int] = Oneof("signal", number)
         request = pb.SignalProcessRequest(process_id=job, action=action)
         return wire.status(self._once("SignalProcess", request, pb.ProcessStatus))
@@ -184,7 +184,7 @@ class JobClient:
     def _output_once(self, job: str, wanted: OutputRequest) -> Iterator[OutputEvent]:
         with self._open_channel() as channel:
             try:
-                for answer in channel.call(f"{SERVICE}GetProcessOutput", [wire.to_output(job, wanted).to_binary()]):
+                for answer in channel.call(f"{SERVICE}GetProcessOutput", [_binary(wire.to_output(job, wanted))]):
                     if found := wire.event(_parsed(pb.ProcessOutput, answer)):
                         yield found
             finally:
@@ -205,7 +205,7 @@ class JobClient:
                 patience.bear(error)
 
     def _once(self, name: str, request: Message[Any], answer: type[A], *, timeout_s: float | None = CALL_S) -> A:
-        return _parsed(answer, self._call(name, [request.to_binary()], timeout_s=timeout_s))
+        return _parsed(answer, self._call(name, [_binary(request)], timeout_s=timeout_s))
 
     def _call(self, name: str, messages: Iterable[bytes], *, timeout_s: float | None) -> bytes:
         if self._channel is None or not self._channel.is_usable():
@@ -260,6 +260,14 @@ def _after(event: OutputEvent, wanted: OutputRequest) -> OutputRequest:
         case Truncated():
             return replace(wanted, offset=event.end, tail_bytes=None)
     return wanted
+
+
+def _binary(message: Message[Any]) -> bytes:
+    """Raises INVALID_ARGUMENT for what has no place on the wire: a number too large, text that is not UTF-8."""
+    try:
+        return message.to_binary()
+    except (OverflowError, ValueError) as error:
+        raise invalid("request", f"expected numbers and text that the protocol can carry: {error}") from None
 
 
 def _parsed(kind: type[A], data: bytes) -> A:

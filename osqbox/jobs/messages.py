@@ -242,7 +242,7 @@ class JobBounds:
     disk_bytes: int = 16 * 1024 * MIB
     """Logs of all jobs together; beyond it no job is started."""
     free_bytes: int = 64 * MIB
-    """What stays free on the disk of the logs; below it no job is started."""
+    """What stays free on the disk of the logs: below it no job is started, and below half of it no log grows."""
     kept_jobs: int = 10_000
     kept_age_s: float = 30 * 86400
     kept_bytes: int = 4 * 1024 * MIB

@@ -130,7 +130,7 @@ def _check_program(spec: JobSpec) -> None:
     if spec.cwd is not None:
         _check_bytes("working_dir", spec.cwd, PATH_BYTES)
         if not spec.cwd.startswith(b"/"):
-            raise invalid("working_dir", f"expected an absolute path, got {_shown(spec.cwd)}")
+            raise invalid("working_dir", f"expected an absolute path, got {shown_command(spec.cwd, (), 80)[0]!r}")
 
 
 def _check_bytes(field: str, value: Any, most_bytes: int) -> None:
@@ -354,7 +354,7 @@ def _start_failure(status: Status, step: str, number: int, text: str) -> tuple[C
     if step == "exec":
         return refused, "NOT_EXECUTABLE", "command", f"command: expected an executable file, got {command!r}: {text}"
     if step == "cwd":
-        return refused, "BAD_WORKING_DIR", "working_dir", f"working_dir: expected a directory to enter, got: {text}"
+        return refused, "BAD_WORKING_DIR", "working_dir", f"working_dir: expected a directory to enter, got {text}"
     if step == "limits":
         return refused, "LIMIT_NOT_ENFORCEABLE", "limits", f"limits: cannot be enforced here: {text}"
     if step == "user":

@@ -58,6 +58,9 @@ STARTING = 32
 """Jobs being started at once; the others wait their turn."""
 SHUTDOWN_GRACE_S = 2.0
 SHUTDOWN_S = 15.0
+LOOKING_S = 60.0
+LOOKERS = 10_000
+"""Pairs of a reader and somebody else's job that are remembered so long."""
 REFUSALS_PER_S = 10
 """In the audit; more are counted only."""
 
@@ -103,6 +106,8 @@ class JobRunner:
         self._capabilities: dict[str, object] = {}
         self._audited: tuple[int, int] = (0, 0)
         """The second of the latest refusals in the audit, and how many they are."""
+        self._looked: dict[tuple[str, str, str], float] = {}
+        """Who has begun to read whose output when; the oldest first."""
 
     # starting
 
@@ -257,6 +262,7 @@ class JobRunner:
             "stop_signal": spec.stop_signal,
             "keep_leftovers": spec.keep_leftovers,
             "max_output_bytes": spec.max_output_bytes,
+            "reserve_bytes": self._bounds.free_bytes // 2 or None,
             "overflow": spec.overflow.value,
             "limits": {name: getattr(spec.limits, name) for name in spec.limits.__slots__},
             "containment": None,
@@ -473,7 +479,7 @@ class JobRunner:
             await live.wait_until(lambda: live.record.status.state is not State.PENDING)
             record = live.record
         if (caller.owner, caller.authority) != record.owner_key:
-            await self._note(record, caller, "job.output")
+            await self._note_looking(record, caller)
         following = self._following.follow(record, live, request, (caller.owner, caller.authority))
         async with AsyncExitStack() as stack:
             with self._counting_refusals():
@@ -517,6 +523,15 @@ class JobRunner:
             await self._store.write(work)
         except (sqlite3.Error, trio.ClosedResourceError):
             log.warning("a refusal could not be written into the audit", exc_info=True)
+
+    async def _note_looking(self, record: Record, caller: Caller) -> None:
+        """Somebody else's output is read: one row a minute tells it, however often they ask."""
+        name, now = (caller.owner, caller.authority, record.status.id), self._clock.now()
+        while self._looked and (next(iter(self._looked.values())) <= now - LOOKING_S or len(self._looked) >= LOOKERS):
+            self._looked.pop(next(iter(self._looked)))
+        if name not in self._looked:
+            await self._note(record, caller, "job.output")
+            self._looked[name] = now
 
     async def _note(self, record: Record, caller: Caller, action: str, result: str = "ok", **facts: object) -> None:
         await self._write(lambda tx: service.note(tx, record, caller, action, result, **facts))

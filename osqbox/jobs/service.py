@@ -263,6 +263,8 @@ def _page(before: str) -> tuple[float, str]:
     at, _, job = before.partition("_")
     try:
         protocol.check_id(job)
+        if not 0 <= float(at) < float("inf"):
+            raise ValueError(at)
         return float(at), job
     except (ValueError, JobError):
         raise invalid("page_token", f"expected the next_page of an earlier answer, got {before[:80]!r}") from None
@@ -275,6 +277,12 @@ def unfinished(db: sqlite3.Connection) -> list[Record]:
 
 def ids(db: sqlite3.Connection) -> set[str]:
     return {row[0] for row in db.execute("SELECT id FROM jobs")}
+
+
+def spared_groups(db: sqlite3.Connection) -> list[str]:
+    """Control groups that ended jobs have left behind, gone or not."""
+    rows = db.execute("SELECT cgroups FROM jobs WHERE ended_at IS NOT NULL AND cgroups != '[]'")
+    return [directory for (cgroups,) in rows for directory in msgspec.json.decode(cgroups)]
 
 
 def kept(db: sqlite3.Connection) -> tuple[int, int, float | None]:

@@ -14,6 +14,7 @@ from osqbox.clock import Clock
 from osqbox.store import Store
 
 from . import links, service
+from .keeper.cgroups import remove_empty
 from .messages import JobBounds
 from .service import Record
 from .users import User
@@ -24,6 +25,8 @@ AGAIN_S = 5.0
 """After something that failed."""
 LOOK_S = 3600.0
 """Longest time between two looks."""
+SPARED_LOOK_S = 60.0
+"""The same while processes that a job left behind on request still have their control groups."""
 
 
 class Upkeep:
@@ -45,6 +48,8 @@ class Upkeep:
         self._look = trio.Event()
         self._count = self._bytes = self._ended = 0
         self._oldest: float | None = None
+        self._spared: list[str] = []
+        """Control groups of jobs that have ended: they go with their last process."""
         self.removed = 0
 
     @property
@@ -56,6 +61,7 @@ class Upkeep:
         self._ended += 1
         self._count, self._bytes = self._count + 1, self._bytes + record.disk_bytes
         self._oldest = self._oldest or record.status.ended_at
+        self._spared += record.cgroups
         self._look.set()
 
     async def deleted(self, record: Record) -> None:
@@ -68,6 +74,7 @@ class Upkeep:
         is_counted, wait_s = False, 0.0
         while True:
             is_counted = is_counted or await self._try(self._recount)
+            await self._try(self._remove_groups)
             while is_counted and (wait_s := self._due_s()) <= 0 and await self._try(self._remove_old):
                 pass
             self._look = trio.Event()
@@ -86,9 +93,10 @@ class Upkeep:
         """Until there is something to remove; 0 when there is."""
         if self._count > self._bounds.kept_jobs or self._bytes > self._bounds.kept_bytes:
             return 0.0
+        longest_s = SPARED_LOOK_S if self._spared else LOOK_S
         if self._oldest is None:
-            return LOOK_S
-        return min(LOOK_S, max(0.0, self._oldest + self._bounds.kept_age_s - self._clock.now()))
+            return longest_s
+        return min(longest_s, max(0.0, self._oldest + self._bounds.kept_age_s - self._clock.now()))
 
     async def _remove_old(self) -> bool:
         """Some of what is beyond the bounds; False when there was nothing."""
@@ -106,6 +114,12 @@ class Upkeep:
             self._count, self._bytes, self._oldest = await self._store.read(service.kept)
         return True
 
+    async def _remove_groups(self) -> bool:
+        spared, self._spared = self._spared, []
+        if spared:
+            self._spared += await trio.to_thread.run_sync(remove_empty, spared)
+        return True
+
     def remove_files(self, records: Iterable[Record]) -> None:
         """Blocks: run it in a thread."""
         for record in records:
@@ -121,6 +135,7 @@ class Upkeep:
         found = await trio.to_thread.run_sync(_directories, self._directory)
         known = await self._store.read(service.ids)
         await trio.to_thread.run_sync(_remove, [path for path in found if path.name not in known])
+        self._spared += await self._store.read(service.spared_groups)
         return True
 
 

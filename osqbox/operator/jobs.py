@@ -108,7 +108,7 @@ class Stop(Body):
 
 
 class Signal(Body):
-    """A signal for every process of the job."""
+    """A signal for the command of the job, not for what it started."""
 
     number: int
 
@@ -337,7 +337,7 @@ def _add_controls(routes: Blueprint, parts: Parts) -> None:
     @routes.post("/jobs/<job>/signal")
     @operation(JobFacts, body=Signal)
     async def signal_job(job: str, body: Signal) -> TrioResponse:
-        """Send a signal to every process of a job."""
+        """Send a signal to the command of a job; what it started gets none."""
         return answered(facts_of(await _jobs(parts).signal(job, _operator(), body.number)))
 
     @routes.post("/jobs/<job>/suspend")

@@ -343,6 +343,27 @@ def test_leaving_a_job(
     cmdctl("stop", job)
 
 
+def test_a_job_that_is_stopped_by_ctrl_c_has_its_last_words(start: Callable[..., Any]) -> None:
+    """Each once, and its exit code."""
+    script = "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.05; done"
+    process = start("run", "--attach", "--merged", "sh", "-c", script)
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGINT)
+    while b"Ctrl-C again" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.wait(LIMIT_S) == 7
+    assert [line for line in process.stdout.read().splitlines() if line != b"Terminated"] == [b"bye"]
+
+
+def test_numbers_and_text_that_no_message_can_carry(cmdctl: Cmdctl) -> None:
+    for words in (["run", "--limit-processes", str(2**40), "true"], ["list", "--owner", "\udcff"]):
+        done = cmdctl(*words)
+        assert done.code in (1, 125)
+        assert done.err.startswith("cmdctl: INVALID_ARGUMENT: request: expected numbers and text")
+    assert "expected at least 1, got 0" in cmdctl("run", "--limit-memory", "0", "true").err
+
+
 def test_following_goes_on_when_the_box_is_killed(tmp_path: Path) -> None:
     """SIGKILL of the box in the middle of a job, another box on its data at another port: the bytes are equal and the
     exit code known."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,13 @@ def with_job_id(job_id: str) -> list[int]:
     return sorted(find(job_id))
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def open_files() -> dict[str, str]:
+    """Of this process: what each descriptor is."""
+    found = {}
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that was listing them
+            found[path.name] = str(path.readlink())
+    return found
 
 
 def children() -> set[int]:
@@ -143,6 +149,7 @@ def children() -> set[int]:
 
 def in_trio(test: Callable[[], Awaitable[None]]) -> None:
     """Run it, and find nothing left behind."""
+    gc.collect()  # what earlier tests have left must not go meanwhile
     before = open_files(), children()
 
     async def main() -> None:

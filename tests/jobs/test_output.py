@@ -188,6 +188,30 @@ def test_head_and_tail_are_exact_and_the_hole_is_told(tmp_path: Path, offset: in
     assert 1_000_000 - end <= 50_000
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(1, 60), max_size=30), max_bytes=st.integers(1, 100), offset=st.integers(0, 1000))
+def test_head_and_tail_are_exact_however_small_the_bound(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], max_bytes: int, offset: int
+) -> None:
+    """Also where one piece begins in the head and ends in the tail."""
+    path, whole = tmp_path_factory.mktemp("job"), b""
+    with written(path, max_bytes) as log, opened(path) as files:
+        begun_early = Reader(files, 0)
+        for size in sizes:
+            whole += fill(log, size)
+            event = begun_early.step(nowait=False)
+            if isinstance(event, Chunk):
+                assert event.data == whole[event.offset : event.offset + len(event.data)]
+        at = min(offset, len(whole))
+        events, later = read_all(path, log, at), read_on(begun_early)
+        start, end = log.dropped or (at, at)
+        begun_early.rest(len(whole))
+        assert begun_early.offset == len(whole)
+    assert all(whole[each.offset :].startswith(each.data) for each in later if isinstance(each, Chunk))
+    assert_contiguous(events, at, len(whole))
+    assert data_of(events) == whole[at : max(start, at)] + whole[max(end, at) :]
+
+
 def test_a_reader_that_is_passed_by_the_hole_is_told_and_goes_on(tmp_path: Path) -> None:
     """Nothing that was dropped is ever handed out as data."""
     with written(tmp_path / "j", 100_000) as log, opened(tmp_path / "j") as files:

@@ -26,6 +26,7 @@ Spec, UTF-8 JSON; every string that Linux takes as bytes is decoded with ``surro
      "stop_signal": 15,
      "keep_leftovers": false,
      "max_output_bytes": 1073741824,    # or null
+     "reserve_bytes": null,             # a disk with less left than this counts as full
      "overflow": "keep_head_and_tail",  # kill | discard_new | keep_head_and_tail
      "limits": {"memory_bytes": null, "cpu_cores": null, "cpu_time_s": null,
                 "processes": null, "open_files": null, "file_bytes": null},   # absent keys are null

@@ -214,7 +214,8 @@ def _become_job(
         step = "exec"
         _exec(spec)
     except OSError as error:
-        _report(status, step, error.errno or errno.EIO, error.strerror or "")
+        where = f"{spec.cwd[:256].decode('utf-8', 'backslashreplace')!r}: " if step == "cwd" else ""
+        _report(status, step, error.errno or errno.EIO, f"{where}{error.strerror or ''}")
     except MemoryError:  # a limit too small even for this
         _report(status, step, errno.ENOMEM, os.strerror(errno.ENOMEM))
     except BaseException as error:  # noqa: BLE001 -- nothing may get past here: this is a copy of the keeper

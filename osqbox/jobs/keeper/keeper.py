@@ -96,7 +96,7 @@ class Keeper:
             self.loop = Loop()
             opened.append(self.loop.close)
             self.status_file = StatusFile(directory)
-            self.log = Log(directory, spec.max_output_bytes, str(spec.overflow))
+            self.log = Log(directory, spec.max_output_bytes, str(spec.overflow), spec.reserve_bytes)
             opened.append(self.log.close)
             self.clients = Clients(self.loop, directory, self._status_message, self._call)
             self._watch_signals()

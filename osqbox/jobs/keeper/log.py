@@ -17,6 +17,8 @@ from .wire import HOLE, RECORD
 BLOCK_BYTES = 4096
 PUNCH_STEP_BYTES = 256 * 1024
 """Blocks are given back in pieces of at least this size."""
+LOOK_STEP_BYTES = 1024 * 1024
+"""So much is written between two looks at how much the disk has left."""
 
 
 class Log:
@@ -24,7 +26,8 @@ class Log:
 
     ``overflow`` says what happens at ``max_bytes``: ``kill`` and ``discard_new`` keep the first ones (``is_full`` is
     then true), ``keep_head_and_tail`` the first half and the last. A disk that takes nothing more ends the log for the
-    former; the latter drops what it could not write and goes on. Making one raises OSError.
+    former; the latter drops what it could not write and goes on. A disk with less than ``reserve_bytes`` left counts
+    as full: the box needs some for its rows, the one that forgets this log included. Making one raises OSError.
     """
 
     __slots__ = (
@@ -33,7 +36,9 @@ class Log:
         "_max_bytes",
         "_output",
         "_punched",
+        "_reserve_bytes",
         "_rolls",
+        "_unlooked_bytes",
         "dropped",
         "index_bytes",
         "is_full",
@@ -41,13 +46,14 @@ class Log:
         "stream_bytes",
     )  # fmt: skip
 
-    def __init__(self, directory: int, max_bytes: int | None, overflow: str) -> None:
+    def __init__(self, directory: int, max_bytes: int | None, overflow: str, reserve_bytes: int = 0) -> None:
         self.output_bytes = self.index_bytes = 0
         self.stream_bytes = [0, 0, 0]
         self.dropped: tuple[int, int] | None = None
         self.is_full = False
         self._max_bytes, self._rolls = max_bytes, overflow == "keep_head_and_tail"
         self._index_hole = self._punched = (0, 0)
+        self._reserve_bytes, self._unlooked_bytes = reserve_bytes, LOOK_STEP_BYTES
         self._output = _create("output", directory)
         try:
             self._index = _create("index", directory)
@@ -94,6 +100,8 @@ class Log:
     def _store(self, stream: int, data: memoryview, wall_ns: int) -> bool:
         if not data:
             return True
+        if self._reserve_bytes and not self._leaves_reserve(len(data)):
+            return False
         try:
             _write_all(self._output, data, self.output_bytes)
             _write_all(self._index, RECORD.pack(self.output_bytes, len(data), stream, wall_ns), self.index_bytes)
@@ -102,6 +110,16 @@ class Log:
             return False
         self.output_bytes += len(data)
         self.index_bytes += RECORD.size
+        return True
+
+    def _leaves_reserve(self, size_bytes: int) -> bool:
+        self._unlooked_bytes += size_bytes
+        if self._unlooked_bytes < LOOK_STEP_BYTES:
+            return True
+        disk = os.fstatvfs(self._output)
+        if disk.f_bavail * disk.f_frsize < self._reserve_bytes:
+            return False  # looked at again for the next piece
+        self._unlooked_bytes = 0
         return True
 
     def _cut(self) -> None:

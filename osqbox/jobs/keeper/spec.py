@@ -54,7 +54,7 @@ class Spec:
 
     __slots__ = (
         "args", "command", "containment", "cwd", "env", "id", "keep_leftovers", "limits", "max_output_bytes", "merged",
-        "overflow", "stdin", "stop_grace_s", "stop_signal", "timeout_s", "user",
+        "overflow", "reserve_bytes", "stdin", "stop_grace_s", "stop_signal", "timeout_s", "user",
     )  # fmt: skip
 
     def __init__(self, fields: dict[str, object]) -> None:
@@ -74,6 +74,7 @@ class Spec:
         self.stop_signal = _count(fields, "stop_signal") or 15
         self.keep_leftovers = bool(fields.get("keep_leftovers"))
         self.max_output_bytes = _count(fields, "max_output_bytes")
+        self.reserve_bytes = _count(fields, "reserve_bytes") or 0
         self.overflow = fields.get("overflow", "keep_head_and_tail")
         if self.overflow not in OVERFLOWS:
             raise _bad(f"overflow: expected one of {', '.join(OVERFLOWS)}, got {self.overflow!r}")

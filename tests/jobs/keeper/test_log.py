@@ -141,6 +141,21 @@ def test_a_full_disk_ends_a_log_that_keeps_the_first_bytes(opened: Any, monkeypa
     log.check()
 
 
+@pytest.mark.parametrize("overflow", ["discard_new", "keep_head_and_tail"])
+def test_a_log_leaves_the_disk_its_reserve(tmp_path: Path, overflow: str) -> None:
+    """The box has to write rows there, also those that forget this log."""
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    log = Log(directory, None, overflow, reserve_bytes=2**62)
+    try:
+        log.append(0, memoryview(b"x" * 5000), 0)
+        log.append(0, memoryview(b"y" * 5000), 0)
+        assert log.dropped == (0, 10_000)
+        assert (tmp_path / "output").stat().st_blocks == 0
+    finally:
+        log.close()
+        os.close(directory)
+
+
 def test_a_disk_that_was_full_is_used_again(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the policy that wants the end of the output."""
     log = opened(1000)
