@@ -58,6 +58,7 @@ from osqbox.osquery.upkeep import Upkeep, load_config_files
 from osqbox.refusals import Refusals
 from osqbox.running import write_private
 from osqbox.settings import MIB, Settings
+from osqbox.shell_frames import AGENT_FRAME_BYTES, KIB, VIEWER_FRAME_BYTES
 from osqbox.shells.broker import Broker, open_broker
 from osqbox.shells.messages import ShellBounds
 from osqbox.shells.routes import ShellsApi
@@ -326,9 +327,7 @@ async def _open_broker(settings: Settings, clock: Clock, store: Store) -> AsyncI
         yield None
         return
     bounds = ShellBounds(hold_s=settings.read_hold_s, idle_s=settings.shells.idle_s, max_s=settings.shells.max_s)
-    async with open_broker(
-        store, settings.data_dir / "shells", clock, bounds, new_id=new_id, new_key=new_key
-    ) as broker:
+    async with open_broker(store, settings.data_dir / "shells", clock, bounds, new_id=new_id) as broker:
         yield broker
 
 
@@ -408,6 +407,7 @@ def _agents_listener(box: Box) -> Listener:
         ssl_context=context,
         handler=handler,
         app=agents_asgi(handler, websocket_app=cast("ASGIApp", shells.join)) if shells else None,
+        limits=Limits(websocket_message_bytes=AGENT_FRAME_BYTES + KIB),
         on_event=box.osquery.count_refused,
         check_peer=box.why_refused,
         on_refused_peer=partial(box.refusals.note, "agents"),
@@ -480,12 +480,14 @@ def _operator_listener(box: Box) -> Listener:
         new_id=new_id,
         new_key=new_key,
         shells=box.broker,
+        record_shells=box.settings.shells is None or box.settings.shells.record,
         jobs=box.job_runner,
         identity=box.identity,
     )
+    limits = Limits(app_body_bytes=17 * MIB, websocket_message_bytes=VIEWER_FRAME_BYTES + KIB, vanished_after_s=30)
     # Hypercorn's own types name more kinds of messages than ASGI has; ours say only that they are mappings.
     # The app's own limit is lower, and answers in the API's words.
-    return Listener("operator", app=cast("ASGIApp", make_app(parts)), limits=Limits(app_body_bytes=17 * MIB))
+    return Listener("operator", app=cast("ASGIApp", make_app(parts)), limits=limits)
 
 
 def _write_handouts(box: Box) -> None:

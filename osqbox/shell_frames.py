@@ -20,6 +20,7 @@ A frame is one binary WebSocket message: type, flags (0, ignored), a 64-bit offs
 * RESET says that output from..to will not come; what follows begins at ``to``. An agent that no longer has the output
   the broker wants sends it first.
 * SNAPSHOT is written to the terminal as it is, and counts no bytes; it comes after a RESET.
+* HELLO comes again from the agent once its terminal is open, and then says what runs there, and as whom.
 * ERROR is for people: a notice before the session is closed, or what was refused. The connection goes on.
 """
 
@@ -43,8 +44,8 @@ HEADER = struct.Struct("!BBQ")
 _RESIZE = struct.Struct("!HHHH")
 _RESET = struct.Struct("!QQ")
 
-AGENT_WINDOW_BYTES = 1 * MIB
-"""Output an agent may be ahead of the last ACK."""
+AGENT_WINDOW_BYTES = 192 * KIB
+"""Output an agent may be ahead of the last ACK. All of it is shown before the answer to a Ctrl-C: 2 s at 100 kB/s."""
 VIEWER_WINDOW_BYTES = 256 * KIB
 """Output a viewer may be sent beyond its last ACK."""
 INPUT_WINDOW_BYTES = 256 * KIB
@@ -60,9 +61,9 @@ CELLS_MAX = 1000
 """Columns and rows are clamped to 1..1000."""
 OFFSET_MAX = 2**63 - 1
 
-PING_INTERVAL_S = 12.0
+PING_INTERVAL_S = 20.0
 """Whoever has heard or said nothing for so long pings."""
-PEER_LOST_S = 27.0
+PEER_LOST_S = 29.0
 """Without any message from the other end: it is gone, whatever TCP believes."""
 
 

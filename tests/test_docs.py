@@ -5,15 +5,37 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+PAGE_S = 50
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("OSQBOX_", "PYTEST_"))}
+
+
+def run_group(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int | None, str]:
+    """Exit status, None after PAGE_S, and all that was printed. Nothing that it started is left behind."""
+    with (folder / "told").open("w+") as told:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=told, stderr=told,
+        )  # fmt: skip
+        status = None
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(PAGE_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        told.seek(0)
+        return status, told.read()
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -45,12 +67,11 @@ def test_shell_blocks_run_in_a_fresh_box(page: Path, tmp_path: Path) -> None:
     script = tmp_path / "page.sh"
     script.write_text("set -eu -o pipefail\n" + "\n".join(blocks(page, "sh")))
     box = (sys.executable, "-m", "osqbox", "exec", "--control", "--certs", str(tmp_path / "certs"))
-    done = subprocess.run(
-        [*box, "--", "bash", str(script)],
-        capture_output=True, text=True, cwd=tmp_path, timeout=50,
-        env={**CLEAN, "PATH": f"{Path(sys.executable).parent}:{CLEAN['PATH']}", "OSQBOX_HOME": str(tmp_path / "home")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment = {
+        **CLEAN, "PATH": f"{Path(sys.executable).parent}:{CLEAN['PATH']}", "OSQBOX_HOME": str(tmp_path / "home")
+    }  # fmt: skip
+    status, told = run_group([*box, "--", "bash", str(script)], tmp_path, environment)
+    assert status == 0, told
 
 
 def test_the_downstream_example_passes_on_its_own(tmp_path: Path) -> None:

@@ -687,9 +687,9 @@ def test_a_stream_ends_with_its_client(pki: Pki) -> None:
     run(scenario)
 
 
-def test_websocket_pings_do_not_outlive_the_connection(pki: Pki) -> None:
+def test_a_websocket_that_was_left_leaves_nothing_open(pki: Pki) -> None:
     async def scenario() -> None:
-        async with serving(pki, make_quart(), websocket_ping_interval_s=30) as listener:
+        async with serving(pki, make_quart()) as listener:
             url = f"wss://localhost:{listener.port}/ws"
             async with trio_websocket.open_websocket_url(url, ssl_context=pki.client()) as ws:
                 await ws.send_message("hi")

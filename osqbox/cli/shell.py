@@ -117,7 +117,7 @@ def open_shell(
 
     size = Here().size()
     wanted = {"node": node, "reason": reason, "cols": size.cols, "rows": size.rows, "shell": shell, "user": user}
-    recording = {"record": not no_record, "record_input": record_input}
+    recording = {"record": False if no_record else None, "record_input": record_input}
     facts = box.client.post("shells", {**wanted, **recording})
     _stay(box, facts, role, prefix)
 
@@ -144,6 +144,7 @@ def _stay(box: Where, facts: dict[str, Any], role: str, prefix: bytes | None) ->
     """Be its terminal. Leaves with the shell's exit code."""
     from osqbox.cli.terminal import Wish, help_line, outcome_of, run_terminal
 
+    box = _same_box(box)
     session, host = facts["id"], facts["hostname"] or facts["node"]
     if sys.stdin.isatty():
         tell(f"osqbox: {printable(host)}, session {printable(session)}; {help_line(prefix)}")
@@ -154,6 +155,12 @@ def _stay(box: Where, facts: dict[str, Any], role: str, prefix: bytes | None) ->
     if outcome.told and (sys.stderr.isatty() or outcome.status):
         tell(f"osqbox: {printable(outcome.told)}")
     raise click.exceptions.Exit(outcome.status)
+
+
+def _same_box(box: Where) -> Where:
+    """That box and no other, also when it was the newest only just now: it may restart while others run."""
+    found = box.find()
+    return Where(None, box.token, Path(found.ready["data"])) if found.pid and not box.named_url else box
 
 
 def _address(client: Client, session: str) -> Address:

@@ -36,6 +36,7 @@ from trio_websocket import (
 from wsproto.utilities import LocalProtocolError
 
 from osqbox import shell_frames as frames
+from osqbox.agent.shell.socket import Line
 from osqbox.cli.output import printable
 from osqbox.errors import NotInTime, UserError
 from osqbox.shell_frames import CloseCode, Exit, Frame, FrameError, FrameType, Role, Size, ViewerHello, ViewerWelcome
@@ -369,15 +370,18 @@ class Terminal:
         with trio.fail_after(CONNECT_TIMEOUT_S):
             stream = await _open_stream(address)
         async with stream:
-            with trio.fail_after(CONNECT_TIMEOUT_S):
+            line = Line(stream)
+            with trio.move_on_after(CONNECT_TIMEOUT_S) as line.waiting:
                 connection = await wrap_client_stream(
                     nursery,
-                    stream,
+                    line,  # type: ignore[arg-type] # any stream will do
                     urlsplit(address.url).netloc,
                     urlsplit(address.url).path,
                     subprotocols=[frames.SUBPROTOCOL],
                     extra_headers=[(b"Authorization", f"Bearer {address.token}".encode())],
                 )
+            if line.waiting.cancelled_caught:
+                raise trio.BrokenResourceError("closed during the handshake" if line.has_ended else "no answer")
             try:
                 await self._greet(connection)
                 self._welcomes += 1

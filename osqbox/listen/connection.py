@@ -48,7 +48,6 @@ class Limits:
     """For saying goodbye (close_notify, GOAWAY)."""
     linger_timeout_s: float = 2
     """For reading on after a refusal: a reset would destroy the answer before a sending client reads it."""
-    websocket_ping_interval_s: float = 30
     max_header_bytes: int = 64 * KIB
     max_connections: int = 20_000
     inflight_body_bytes: int = 256 * MIB

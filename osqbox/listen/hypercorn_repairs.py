@@ -121,7 +121,6 @@ def hypercorn_config(limits: Limits) -> Config:
     config.h11_max_incomplete_size = limits.max_header_bytes
     config.h2_max_header_list_size = limits.max_header_bytes
     config.h2_max_concurrent_streams = limits.h2_streams
-    config.websocket_ping_interval = limits.websocket_ping_interval_s
     config.websocket_max_message_size = limits.websocket_message_bytes
     return config
 

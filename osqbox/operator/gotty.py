@@ -74,7 +74,7 @@ class GottyLink:
         return self._socket.close_code
 
     async def aclose(self, code: int, reason: str = "") -> None:
-        await self._socket.close(code, reason)
+        await self._socket.aclose(code, reason)
 
     async def read_token(self) -> str | None:
         """The token of the client's first message; None, and the socket closed, when there is none in time."""
@@ -86,7 +86,7 @@ class GottyLink:
                 raise msgspec.DecodeError("no text of that length")
             return msgspec.json.decode(message, type=Init).AuthToken
         except (msgspec.DecodeError, UnicodeError, RecursionError):
-            await self._socket.close(CloseCode.PROTOCOL_ERROR, 'expected {"Arguments": "", "AuthToken": "..."} first')
+            await self._socket.aclose(CloseCode.PROTOCOL_ERROR, 'expected {"Arguments": "", "AuthToken": "..."} first')
             return None
 
     # from the client

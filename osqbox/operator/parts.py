@@ -124,6 +124,8 @@ class Parts:
     new_key: Callable[[], str]
     shells: Shells | None = None
     """None when the box serves no shells."""
+    record_shells: bool = True
+    """Whether a session is recorded when its request does not say."""
     jobs: Jobs | None = None
     """None when the box runs no jobs."""
     identity: Identity | None = None

@@ -45,7 +45,7 @@ class NewShell(Body):
     rows: Cells = 24
     shell: Annotated[str, Meta(min_length=1, max_length=4096, description="Program; else the agent's.")] | None = None
     user: Annotated[str, Meta(min_length=1, max_length=256, description="Who runs it; else the agent's.")] | None = None
-    record: bool = True
+    record: Annotated[bool, Meta(description="Keep what is printed; else as the box is set.")] | None = None
     record_input: Annotated[bool, Meta(description="Keep what is typed too, passwords included.")] = False
 
 
@@ -134,6 +134,7 @@ def _add_sessions(routes: Blueprint, parts: Parts) -> None:
         shells = _shells(parts)
         node = await parts.store.read(lambda db: nodes.resolve(db, body.node))
         wish = {name: getattr(body, name) for name in NewShell.__struct_fields__ if name != "node"}
+        wish["record"] = parts.record_shells if body.record is None else body.record
         return answered(facts_of(await shells.open(node.id, node.tenant, node.hostname, OPERATOR, **wish)), 201)
 
     @routes.get("/shells")

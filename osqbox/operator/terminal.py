@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import trio
 
 from osqbox.errors import Refused
+from osqbox.listen.asgi import Receive, Send
 from osqbox.shell_frames import (
     SUBPROTOCOL,
     VIEWER_FRAME_BYTES,
@@ -30,7 +31,7 @@ from .answers import Failure
 from .gotty import WEBTTY, GottyLink
 from .guard import Unwelcome, check_own, check_token
 from .parts import OPERATOR, Parts, Shells
-from .socket import Receive, Scope, Send, Socket
+from .socket import Scope, Socket
 
 TICKET = "ticket."
 """Prefix of the subprotocol that carries a ticket: the one header a page's script can choose."""
@@ -69,7 +70,7 @@ class TerminalLink:
         await self._socket.send(encode(frame))
 
     async def aclose(self, code: int, reason: str = "") -> None:
-        await self._socket.close(code, reason)
+        await self._socket.aclose(code, reason)
 
 
 async def serve(parts: Parts, scope: Scope, receive: Receive, send: Send) -> None:

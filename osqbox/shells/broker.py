@@ -29,8 +29,9 @@ from osqbox.shells.links import Link
 from osqbox.shells.messages import BrokerStatistics, EndReason, Grant, Redeemed, Session, ShellBounds, State, Ticket
 from osqbox.shells.recording import Recorder, RecordingFailed, RecordingRules
 from osqbox.shells.service import LAUNCHER, V1, Claim, End, Wish
-from osqbox.shells.session import AgentSide, LiveSession, Side, ViewerSide
-from osqbox.store import Store, Tx
+from osqbox.shells.session import LiveSession
+from osqbox.shells.sides import AgentSide, Side, ViewerSide
+from osqbox.store import Store, Tx, count_dropped
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ class Broker:
                     partial(self._read_viewer, live, viewer, wire),
                 )
             finally:
-                on_purpose = link.close_code == CloseCode.NORMAL
+                on_purpose = viewer.closing is None and link.close_code == CloseCode.NORMAL
                 live.viewer_gone(viewer, trio.current_time(), on_purpose=on_purpose)
                 left = "ok" if on_purpose else _word(viewer) or "dropped"
                 self._note(live, "leave", by, left)
@@ -331,8 +332,6 @@ class Broker:
                 hello or AgentHello(session=live.id), resume, trio.current_time(), wire.wake, is_legacy=hello is None
             )
             wire.side = agent
-            if hello is not None and (hello.shell or hello.user):
-                self._notes_add(lambda tx: service.describe(tx, live.id, hello.shell, hello.user))
             try:
                 await self._converse(
                     wire,
@@ -505,6 +504,8 @@ class Broker:
             self._notes_add(lambda tx: service.end(tx, live.id, how, head, size.cols, size.rows))
         elif action == "detach":
             self._notes_add(lambda tx: service.detach(tx, live.id, facts["output_bytes"]))
+        elif action == "describe":
+            self._notes_add(lambda tx: service.describe(tx, live.id, facts["shell"], facts["user"]))
         elif action == "withdraw":
             self._notes_add(lambda tx: service.withdraw(tx, live.id))
         else:
@@ -562,7 +563,7 @@ class Broker:
 
     # time
 
-    async def _tick(self) -> None:
+    async def _tick(self, nursery: trio.Nursery) -> None:
         upkeep_at = trio.current_time() + UPKEEP_S
         while True:
             await trio.sleep(TICK_S)
@@ -572,7 +573,7 @@ class Broker:
                     live.tick(now)
                     if live.is_left():
                         await self.wait_written()
-                        await self._put_away(live)
+                        self._put_away(live, nursery)
                 except Exception:
                     log.exception("shell %s: what was due went wrong", live.id)  # and the other sessions go on
             if now >= upkeep_at:
@@ -582,7 +583,7 @@ class Broker:
                 except Exception:
                     log.exception("old recordings could not be deleted")
 
-    async def _put_away(self, live: LiveSession) -> None:
+    def _put_away(self, live: LiveSession, nursery: trio.Nursery) -> None:
         """Nobody is connected to it any more."""
         del self._live[live.id]
         self._counts["dropped_input_bytes"] += live.dropped_input_bytes
@@ -590,18 +591,17 @@ class Broker:
         was_recorded = live.recorder is not None
         live.dispose()
         if was_recorded:
-            await self._measure_recording(live.id)
+            nursery.start_soon(self._measure_recording, live.id)  # a long one takes seconds, and others are due
 
     async def _measure_recording(self, session: str) -> None:
         directory = self._directory / session
         try:
             size_bytes = await trio.to_thread.run_sync(recording.size_bytes, directory)
-            digests = await trio.to_thread.run_sync(recording.digests, directory)
+            sha256 = await trio.to_thread.run_sync(recording.digest, directory, abandon_on_cancel=True)
         except OSError as error:
             log.warning("shell %s: the recording cannot be read: %s", session, error.strerror)
-            size_bytes, digests = 0, {}
-        sha256 = digests.get(recording.SPOOL, "")
-        await self._store.write(lambda tx: service.keep_recording(tx, session, size_bytes, sha256))
+            size_bytes, sha256 = 0, ""
+        await self._write_one(lambda tx: service.keep_recording(tx, session, size_bytes, sha256))
 
     async def prune_recordings(self) -> None:
         """Delete what retention no longer keeps; also called every minute."""
@@ -679,7 +679,7 @@ class Broker:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write_notes)
-            nursery.start_soon(self._tick)
+            nursery.start_soon(self._tick, nursery)
             task_status.started()
 
     async def flush(self) -> None:
@@ -713,6 +713,7 @@ def _detach(session: str, output_bytes: int, tx: Tx) -> None:
 
 def _forget_recording(session: str, tx: Tx) -> None:
     service.keep_recording(tx, session, None, None)
+    count_dropped(tx, "recordings", 1)
 
 
 @asynccontextmanager

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Protocol
 
 import trio
 
 from osqbox import shell_frames as frames
 from osqbox import shell_legacy as legacy
-from osqbox.listen.asgi import ASGIApp, ClientGone, Receive, Send
-from osqbox.listen.connection import current_connection
+from osqbox.listen.websocket import WebSocket
 from osqbox.shell_frames import AGENT_FRAME_BYTES, CloseCode, Frame, FrameError, FrameType
 from osqbox.shell_legacy import AgentFrame, InputSplitter, LegacyError
-
-__all__ = ["ASGIApp", "FrameLink", "LauncherLink", "Link", "Receive", "Send", "WebSocket"]
-
-CLOSE_TIMEOUT_S = 1.0
-"""For the close frame, when the other end has stopped reading; then the connection is cut."""
-REASON_BYTES = 123
-"""A close frame holds no more (RFC 6455, 5.5)."""
-GONE_CODE = 1006
 
 
 class Link(Protocol):
@@ -42,60 +32,6 @@ class Link(Protocol):
     async def aclose(self, code: int, reason: str = "") -> None:
         """Returns soon, also when a `send` hangs, and then ends that too. May be called again."""
         ...
-
-
-class WebSocket:
-    """An accepted ASGI WebSocket."""
-
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self._connection = current_connection()
-        self._closed = False
-        self.close_code: int | None = None
-
-    async def receive(self) -> bytes | str | None:
-        if self.close_code is not None:
-            return None
-        message = await self._receive()
-        if message["type"] != "websocket.receive":
-            self.close_code = int(message.get("code") or GONE_CODE)
-            self._closed = True
-            return None
-        data, text = message.get("bytes"), message.get("text")
-        return text if data is None and text is not None else data or b""
-
-    async def send(self, message: bytes | str) -> None:
-        await trio.lowlevel.checkpoint()
-        if self._closed:
-            return
-        kind = "text" if isinstance(message, str) else "bytes"
-        try:
-            await self._send({"type": "websocket.send", kind: message})
-        except ClientGone:
-            self._closed = True
-        except Exception:
-            if not self._closed:  # closed by another task while this one was on its way: the server minds, nobody else
-                raise
-
-    async def aclose(self, code: int, reason: str = "") -> None:
-        if self._closed:
-            await trio.lowlevel.checkpoint()
-            return
-        self._closed = True
-        text = reason.encode()[:REASON_BYTES].decode(errors="ignore")
-        in_time = trio.CancelScope(shield=True)  # also whoever is cancelled must not wait for a peer that does not read
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._cut_when_late, in_time)
-            with suppress(ClientGone):
-                await self._send({"type": "websocket.close", "code": int(code), "reason": text})
-            in_time.cancel()
-
-    async def _cut_when_late(self, in_time: trio.CancelScope) -> None:
-        with in_time:
-            await trio.sleep(CLOSE_TIMEOUT_S)
-            if self._connection is not None:
-                self._connection.abort()
 
 
 class FrameLink:

@@ -94,7 +94,7 @@ class ShellBounds:
     close_s: float = 2
     """For saying goodbye to everybody when the broker stops."""
     recordings_age_s: float = 30 * 24 * 3600
-    recordings_bytes: int = 10 * 1024 * MIB
+    recordings_bytes: int = 2 * 1024 * MIB
     """Recordings of ended sessions that are older, or more than this in all, are deleted, the oldest first."""
 
 

@@ -50,7 +50,7 @@ class RecordingFailed(OsqboxError):
 class RecordingRules:
     strict: bool = False
     """Raise RecordingFailed where a best effort would leave a marked gap."""
-    max_bytes: int = 1024 * MIB
+    max_bytes: int = 512 * MIB
     """Output kept of one session; later output is a gap."""
     reserve_bytes: int = 256 * MIB
     """Left free on the disk, for the database."""
@@ -448,13 +448,10 @@ def size_bytes(directory: Path) -> int:
     return total_bytes
 
 
-def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of the files of an ended recording, by name, for the audit. Reads them: call it in a thread."""
-    found = {}
-    for name in (SPOOL, CAST):
-        with (directory / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+def digest(directory: Path) -> str:
+    """SHA-256 of the exact output, for the audit. Reads it all: call it in a thread."""
+    with (directory / SPOOL).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def delete(directory: Path) -> None:

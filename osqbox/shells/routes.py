@@ -20,12 +20,14 @@ from osqbox import shell_frames as frames
 from osqbox import shell_legacy as legacy
 from osqbox.errors import Refused
 from osqbox.exchange import Peer, Request, Response
+from osqbox.listen.asgi import Receive, Send
 from osqbox.listen.connection import current_peer
+from osqbox.listen.websocket import WebSocket
 from osqbox.shell_frames import SUBPROTOCOL, AgentHello, CloseCode, FrameError, FrameType
 from osqbox.shell_legacy import AgentFrame, LegacyError
 from osqbox.shells import protocol
 from osqbox.shells.broker import Broker
-from osqbox.shells.links import FrameLink, LauncherLink, Link, Receive, Send, WebSocket
+from osqbox.shells.links import FrameLink, LauncherLink, Link
 from osqbox.shells.messages import GetShells, JoinBody
 from osqbox.shells.service import Claim
 

@@ -9,7 +9,6 @@ one, or how long to wait unless woken, or that its connection is to be closed. `
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,13 +16,11 @@ from functools import partial
 from math import inf
 
 from osqbox import shell_frames as frames
-from osqbox import shell_legacy
 from osqbox.errors import Refused
 from osqbox.shell_frames import (
     AGENT_WINDOW_BYTES,
     DATA_BYTES,
     PEER_LOST_S,
-    PING_INTERVAL_S,
     VIEWER_WINDOW_BYTES,
     AgentHello,
     AgentWelcome,
@@ -43,6 +40,7 @@ from osqbox.shells.messages import KIB, MIB, EndReason, Grant, Session, ShellBou
 from osqbox.shells.recording import Recorder, RecordingFailed
 from osqbox.shells.ring import Ring
 from osqbox.shells.service import End
+from osqbox.shells.sides import AgentSide, ViewerSide
 
 JOIN_BYTES = 256 * KIB
 """What a viewer without an offset is shown of the past."""
@@ -68,95 +66,6 @@ Note = Callable[..., None]
 """Told what happened, for the audit: ``(session, action, actor, result, **facts)``; an ``end`` is told with its End."""
 
 AGENTS_REASONS = {each.value: each for each in (EndReason.IDLE, EndReason.MAX_TIME, EndReason.REFUSED)}
-
-
-class Side:
-    """One connection of the session, the agent's or a viewer's."""
-
-    __slots__ = ("closing", "heard_at", "pinged_at", "queue", "sending_since", "sent_at", "told_exit", "wake")
-
-    def __init__(self, now: float, wake: Callable[[], None]) -> None:
-        self.wake = wake
-        """Called when there may be something to send, or the connection is to be closed."""
-        self.queue: deque[Frame] = deque()
-        self.closing: tuple[CloseCode, str] | None = None
-        self.heard_at = now
-        self.pinged_at = now
-        self.sent_at = now
-        """Set by who sends, as is the next."""
-        self.sending_since: float | None = None
-        """Since when a send is under way."""
-        self.told_exit = False
-
-    def say(self, frame: Frame) -> None:
-        self.queue.append(frame)
-        self.wake()
-
-    def close(self, code: CloseCode, reason: str = "") -> None:
-        """The first code stays."""
-        self.closing = self.closing or (code, reason)
-        self.wake()
-
-    @property
-    def ping_at(self) -> float:
-        """When a ping is due: where both ends are heard anyway, never."""
-        return max(self.pinged_at, min(self.heard_at, self.sent_at)) + PING_INTERVAL_S
-
-    def ping_due(self, now: float) -> Frame | None:
-        if now < self.ping_at:
-            return None
-        self.pinged_at = now
-        return frames.ping(int(now * 1e6))
-
-    def is_stuck(self, now: float, limit_s: float) -> bool:
-        return self.sending_since is not None and now - self.sending_since > limit_s
-
-
-class AgentSide(Side):
-    __slots__ = ("ack_sent", "acked_at", "is_legacy", "size_sent", "size_sent_at")
-
-    def __init__(self, now: float, wake: Callable[[], None], *, is_legacy: bool, acked: int) -> None:
-        super().__init__(now, wake)
-        self.is_legacy = is_legacy
-        self.ack_sent = acked
-        self.acked_at = now
-        self.size_sent: Size | None = None
-        self.size_sent_at = -inf
-
-    @property
-    def ping_at(self) -> float:
-        return self.pinged_at + shell_legacy.PING_INTERVAL_S if self.is_legacy else super().ping_at
-
-
-class ViewerSide(Side):
-    __slots__ = (
-        "ack_sent",
-        "acked",
-        "blocked_since",
-        "by",
-        "client",
-        "grant",
-        "id",
-        "progress_at",
-        "sent",
-        "wants_control",
-    )
-
-    def __init__(
-        self, now: float, wake: Callable[[], None], by: str, grant: Grant, hello: ViewerHello, client: Client
-    ) -> None:
-        super().__init__(now, wake)
-        self.by = by
-        self.grant = grant
-        self.id = (by, hello.client)
-        self.client = client
-        self.wants_control = grant is Grant.CONTROLLER and hello.role != Grant.VIEWER
-        self.sent = self.acked = 0
-        self.ack_sent = client.acked
-        self.progress_at = now
-        """When it last acknowledged something."""
-        self.blocked_since: float | None = None
-        """There is output it may not be sent, for it does not acknowledge."""
 
 
 class LiveSession:
@@ -379,6 +288,8 @@ class LiveSession:
                 self.keyboard.arrived(frame.offset)
                 self._wake_typists()
                 side.wake()
+            case FrameType.HELLO if not side.is_legacy:
+                self._describe(frames.parse(frame, AgentHello))
             case FrameType.TITLE:
                 self.title = frames.parse_title(frame)
                 self._tell_viewers(frames.title(self.title))
@@ -395,6 +306,15 @@ class LiveSession:
                 pass
             case _:
                 raise FrameError(f"an agent does not send {frame.type.name} here")
+
+    def _describe(self, hello: AgentHello) -> None:
+        """What the agent runs, and as whom, which it knows once its terminal is open."""
+        facts = self._facts
+        shell = frames.clean_title(hello.shell) or facts.shell
+        user = frames.clean_title(hello.user) or facts.user
+        if (shell, user) != (facts.shell, facts.user):
+            self._facts = replace(facts, shell=shell, user=user)
+            self._note(self, "describe", self.node, shell=shell, user=user)
 
     def _take_output(self, data: bytes, now: float) -> None:
         if not data:

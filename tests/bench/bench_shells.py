@@ -34,10 +34,11 @@ from osqbox.clock import SystemClock
 from osqbox.errors import Refused
 from osqbox.feed import Feed
 from osqbox.listen import Limits, Listener, agents_asgi, server_context
+from osqbox.listen.websocket import WebSocket
 from osqbox.shell_frames import SUBPROTOCOL, AgentHello, AgentWelcome, Exit, FrameType, ViewerHello
 from osqbox.shells import tables
 from osqbox.shells.broker import open_broker
-from osqbox.shells.links import FrameLink, WebSocket
+from osqbox.shells.links import FrameLink
 from osqbox.shells.messages import Grant, ShellBounds
 from osqbox.shells.recording import RecordingRules
 from osqbox.shells.routes import ShellsApi

@@ -33,6 +33,9 @@ class Agent:
         self.sizes: list[tuple[int, int]] = []
         self.ended_input = False
         self.hung_up = trio.Event()
+        self._acked = 0
+        self._unsaid = bytearray()
+        self._ended: Exit | None = None
         self._frames, self._received = trio.open_memory_channel[Frame](10_000)
 
     async def receive(self) -> Frame | None:
@@ -61,6 +64,9 @@ class Agent:
             case FrameType.EOF_IN:
                 self.ended_input = True
                 self.exit(0)
+            case FrameType.ACK:
+                self._acked = frame.offset
+                self._say_more()
             case FrameType.PING:
                 self._frames.send_nowait(frames.pong(frame))
             case FrameType.EXIT:
@@ -68,13 +74,22 @@ class Agent:
                 self._frames.close()
 
     def say(self, data: bytes) -> None:
-        for start in range(0, len(data), frames.DATA_BYTES):
-            piece = data[start : start + frames.DATA_BYTES]
-            self._frames.send_nowait(frames.data_out(self.head, piece))
-            self.head += len(piece)
+        self._unsaid += data
+        self._say_more()
+
+    def _say_more(self) -> None:
+        """As much as the window allows, and how it ended when that was all."""
+        while room := min(self._acked + frames.AGENT_WINDOW_BYTES - self.head, frames.DATA_BYTES, len(self._unsaid)):
+            self._frames.send_nowait(frames.data_out(self.head, bytes(self._unsaid[:room])))
+            self.head += room
+            del self._unsaid[:room]
+        if self._ended is not None and not self._unsaid:
+            self._frames.send_nowait(frames.exit_frame(self._ended, self.head))
+            self._ended = None
 
     def exit(self, code: int | None, signal: int | None = None) -> None:
-        self._frames.send_nowait(frames.exit_frame(Exit(code=code, signal=signal, reason="exit"), self.head))
+        self._ended = Exit(code=code, signal=signal, reason="exit")
+        self._say_more()
 
     def _take(self, data: bytes) -> None:
         self.taken += len(data)

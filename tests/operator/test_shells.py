@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from osqbox.operator.app import make_app
 from osqbox.shells.recording import read_cast
 
 from .shell_desk import Viewer, opened, websocket
@@ -161,11 +163,11 @@ def test_the_recording_can_be_had_live_and_afterwards(desk):
                 await Viewer(socket).greet()
                 live = await box.get(f"/api/v1/shells/{session}/bytes")
                 assert live.body == b"$ "
-                agent.say(data[:500_000])
+                agent.say(data[:150_000])
                 agent.exit(0)
                 await agent.hung_up.wait()
             spool = await box.get(f"/api/v1/shells/{session}/bytes")
-            assert spool.body == b"$ " + data[:500_000]
+            assert spool.body == b"$ " + data[:150_000]
             assert spool.headers["Content-Length"] == str(len(spool.body))
             cast = await box.get(f"/api/v1/shells/{session}/recording")
             assert cast.headers["Content-Disposition"] == f'attachment; filename="shell-{session}.cast"'
@@ -189,6 +191,21 @@ def test_why_there_is_no_recording_is_told(desk):
             assert "without" in (await box.get(f"/api/v1/shells/{without}/{name}", 404)).json["error"]
         await box.get("/api/v1/shells/nope/recording", 404)
         await box.get("/api/v1/shells/..%2F..%2Fosqbox.db/bytes", 404)
+
+    desk(test)
+
+
+@pytest.mark.parametrize(
+    ("of_the_box", "wish", "recorded"),
+    [(True, {}, True), (False, {}, False), (False, {"record": True}, True), (True, {"record": False}, False)],
+)
+def test_a_request_that_does_not_say_is_recorded_as_the_box_is_set(desk, of_the_box, wish, recorded):
+    async def test(desk):
+        box = desk.box
+        box.parts = replace(box.parts, record_shells=of_the_box)
+        box.app = make_app(box.parts)
+        session = await desk.session(**wish)
+        assert (await box.get(f"/api/v1/shells/{session}")).json["recording"] is recorded
 
     desk(test)
 

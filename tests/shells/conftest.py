@@ -28,6 +28,7 @@ from osqbox.errors import Refused
 from osqbox.exchange import Peer
 from osqbox.feed import Feed
 from osqbox.listen import Limits, Listener, agents_asgi, server_context
+from osqbox.listen.websocket import WebSocket
 from osqbox.shell_frames import (
     SUBPROTOCOL,
     VIEWER_FRAME_BYTES,
@@ -44,7 +45,7 @@ from osqbox.shell_frames import (
 )
 from osqbox.shells import tables
 from osqbox.shells.broker import Broker, open_broker
-from osqbox.shells.links import FrameLink, WebSocket
+from osqbox.shells.links import FrameLink
 from osqbox.shells.messages import Grant, Session, ShellBounds
 from osqbox.shells.recording import RecordingRules
 from osqbox.shells.routes import ShellsApi

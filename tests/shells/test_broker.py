@@ -12,10 +12,13 @@ import trio
 
 from osqbox import shell_frames as frames
 from osqbox.errors import Refused
+from osqbox.listen.asgi import ClientGone
+from osqbox.listen.websocket import WebSocket
 from osqbox.shell_frames import CloseCode, FrameType, Role, Size
 from osqbox.shells.messages import EndReason, Grant, ShellBounds, State
 from osqbox.shells.recording import RecordingRules, read_cast
 from osqbox.shells.session import LiveSession
+from osqbox.store import drops
 
 
 def test_a_shell_from_request_to_exit(shells: Any, run: Any) -> None:
@@ -462,7 +465,7 @@ def test_idle_and_maximum_time(shells: Any, run: Any, reason: EndReason) -> None
 
 def test_half_open_connections_are_found(shells: Any, run: Any, monkeypatch: Any) -> None:
     """An agent that answers no ping is detached, a viewer is closed."""
-    monkeypatch.setattr("osqbox.shells.session.PING_INTERVAL_S", 0.3)
+    monkeypatch.setattr("osqbox.shells.sides.PING_INTERVAL_S", 0.3)
     monkeypatch.setattr("osqbox.shells.session.PEER_LOST_S", 0.9)
 
     async def main() -> None:
@@ -488,13 +491,38 @@ def test_the_box_stops_with_stalled_peers(shells: Any, run: Any) -> None:
         async with shells(ShellBounds(hold_s=0.05)) as box:
             session, secret = await box.offered()
             async with box.agent(session, secret) as agent, box.viewer(session) as viewer:
-                await agent.print(bytes(200_000))
+                await agent.print(bytes(frames.AGENT_WINDOW_BYTES))
                 await viewer.send(frames.data_in(0, bytes(60_000)))
                 await trio.sleep(0.2)
                 began = trio.current_time()
                 await box.broker.stop()
                 await box.listener.drain()
                 assert trio.current_time() - began < 3
+
+    run(main)
+
+
+@pytest.mark.parametrize(("closed_here", "code"), [(True, 1006), (False, 1000)])
+def test_what_the_box_closed_was_not_left_on_purpose(run: Any, closed_here: bool, code: int) -> None:
+    """The server says 1000 to its application after either."""
+
+    async def main() -> None:
+        async def receive() -> Any:
+            await trio.lowlevel.checkpoint()
+            return {"type": "websocket.disconnect", "code": 1000}
+
+        async def send(message: Any) -> None:
+            await trio.lowlevel.checkpoint()
+            if message["type"] == "websocket.send":
+                raise ClientGone
+
+        socket = WebSocket(receive, send)
+        await socket.send(b"to nobody")
+        if closed_here:
+            socket = WebSocket(receive, send)
+            await socket.aclose(1001, "the box stops")
+        assert await socket.receive() is None
+        assert socket.close_code == code
 
     run(main)
 
@@ -548,6 +576,7 @@ def test_recordings_say_who_was_there_and_are_kept_by_retention(shells: Any, run
             await box.broker.prune_recordings()
             assert not folder.exists()
             assert [row["result"] for row in await box.audited("shell.recording")] == ["kept", "deleted"]
+            assert (await box.store.read(drops))["recordings"] == 1
 
     run(main)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -179,6 +180,7 @@ def test_a_real_shell_from_request_to_exit_code(in_house: Callable[..., None]) -
         async with house.shell(node, cols=100, rows=30, shell="/bin/bash") as (session, operator):
             await operator.sees("# ")
             opened_s = trio.current_time() - began
+            assert house.box.broker
             facts = house.box.broker.session(session.id)
             assert (facts.shell, facts.user) == ("/bin/bash", getpass.getuser())
             await operator.type("stty size; tty\r")

@@ -191,7 +191,8 @@ def test_only_text_keeps_it_alive_and_the_deadline_kills_the_program_alone(with_
         with trio.fail_after(5):
             while shell in {each.pid for each in living()}:
                 await trio.sleep(0.02)
-        left = [each.pid for each in living() if each.session == leader and b"611" in cmdline(each.pid)]
+        # By the whole command line: a fork of the script, on its way to its next sleep, has the number in its own.
+        left = [each.pid for each in living() if each.session == leader and cmdline(each.pid) == b"sleep\x00611\x00"]
         assert len(left) == 1  # the sleep: Launcher kills the leader only
 
     before = {each.pid for each in living()}
