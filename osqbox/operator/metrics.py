@@ -17,6 +17,7 @@ from osqbox.certs.expiry import DAY_S, Expiry, expiries
 from osqbox.jobs.messages import State
 from osqbox.osquery import campaigns, logs, nodes
 from osqbox.osquery.nodes import Selector
+from osqbox.shells.messages import BrokerStatistics
 
 from .operations import operation
 from .parts import Jobs, Parts
@@ -53,6 +54,8 @@ def add(app: QuartTrio, parts: Parts) -> None:
         metrics = [*_of_box(parts, stored), *_of_listeners(parts.info())]
         if parts.jobs is not None:
             metrics += _of_jobs(parts.jobs, await parts.store.read(_job_states))
+        if parts.shells is not None:
+            metrics += _of_shells(parts.shells.statistics())
         if parts.identity is not None:
             metrics += _of_certificates(await trio.to_thread.run_sync(expiries, parts.identity), parts.clock.now())
         return TrioResponse(render(metrics), content_type=TEXT)
@@ -125,6 +128,14 @@ def _of_box(parts: Parts, stored: _Stored) -> Iterator[Metric]:
 
 def _job_states(db: sqlite3.Connection) -> dict[str, int]:
     return dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+
+
+def _of_shells(counted: BrokerStatistics) -> Iterator[Metric]:
+    yield Metric("osqbox_shells", "gauge", "Shell sessions that have not ended.", _by("state", counted.sessions))
+    yield Metric("osqbox_shell_viewers", "gauge", "Operators in shells.", _one(counted.viewers))
+    yield Metric("osqbox_shell_output_bytes_total", "counter", "Output of shells.", _one(counted.output_bytes))
+    yield Metric("osqbox_shell_input_bytes_total", "counter", "Input to shells.", _one(counted.input_bytes))
+    yield Metric("osqbox_shells_refused_total", "counter", "Joins and calls refused.", _by("reason", counted.refused))
 
 
 def _of_jobs(jobs: Jobs, states: Mapping[str, int]) -> Iterator[Metric]:

@@ -15,7 +15,7 @@ from osqbox.jobs.messages import Caller, JobSpec, JobStatistics, OutputEvent, Ou
 from osqbox.osquery.presence import Presence
 from osqbox.osquery.routes import OsqueryApi
 from osqbox.shell_frames import Frame
-from osqbox.shells.messages import Grant, Redeemed, Session, Ticket
+from osqbox.shells.messages import BrokerStatistics, Grant, Redeemed, Session, Ticket
 from osqbox.store import Store
 
 OPERATOR = "operator"
@@ -66,6 +66,8 @@ class Shells(Protocol):
     async def view(self, session: str, by: str, grant: Grant, link: Viewer) -> None: ...
 
     def recording_directory(self, session: str) -> Path: ...
+
+    def statistics(self) -> BrokerStatistics: ...
 
 
 class Jobs(Protocol):

@@ -548,6 +548,7 @@ def test_a_file_that_is_not_understood(cmdctl: Cmdctl, tmp_path: Path, text: str
 
 def test_no_box_and_no_settings(cmdctl: Cmdctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OSQBOX_HOME", str(tmp_path))
+    monkeypatch.delenv("OSQBOX_CALLED_AS", raising=False)
     monkeypatch.setattr("osqbox.cli.find.GRACE_S", 0.0)
     done = cmdctl("list")
     assert (done.code, "no box is running" in done.err, "osqbox serve" in done.err) == (1, True, True)

@@ -90,6 +90,18 @@ def test_an_unknown_or_ambiguous_node_is_named(desk):
     desk(test)
 
 
+def test_the_metrics_count_sessions(desk):
+    async def test(desk):
+        box = desk.box
+        await box.enroll("web-1", tenant="default")
+        await box.post("/api/v1/shells", {"node": "web-1"}, 201)
+        lines = (await box.get("/metrics")).body.decode().splitlines()
+        assert 'osqbox_shells{state="requested"} 1' in lines
+        assert "osqbox_shell_viewers 0" in lines
+
+    desk(test)
+
+
 def test_more_sessions_than_allowed_are_refused(desk):
     async def test(desk):
         node = await desk.box.enroll("web-1")
