@@ -49,6 +49,7 @@ class Retention:
     log_bytes: int = 4096 * MIB
     """Of the lines themselves, as osquery wrote them."""
     events: int = 100_000
+    audit_rows: int = 1_000_000
     campaigns: int = 10_000
     carve_bytes: int = 4096 * MIB
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from osqbox import audit
 from osqbox.clock import Clock
 from osqbox.errors import BadSetup, UserError
 from osqbox.osquery import campaigns, carves, configs, logs, nodes
@@ -159,3 +160,4 @@ class Upkeep:
             "DELETE FROM feed_events WHERE seq <= (SELECT max(seq) FROM feed_events) - ?", (self.retention.events,)
         )
         count_dropped(tx, "events", cursor.rowcount)
+        count_dropped(tx, "audit", audit.prune(tx, self.retention.audit_rows))

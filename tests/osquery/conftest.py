@@ -24,7 +24,7 @@ import pytest
 import trio
 from sqlite_utils import Database
 
-from osqbox import feed, tenants
+from osqbox import audit, feed, tenants
 from osqbox.certs import ensure_identity, issue_client
 from osqbox.door import Door
 from osqbox.exchange import Peer, Request, Response
@@ -84,7 +84,7 @@ class World:
         self.db.execute(
             "CREATE TABLE store_drops (kind TEXT PRIMARY KEY, count INTEGER NOT NULL, last_at REAL NOT NULL)"
         )
-        for step in (tenants.migrations, migrations):
+        for step in (tenants.migrations, audit.migrations, migrations):
             step.apply(Database(self.db))
         self.now = START
         self.events: list[Event] = []
@@ -222,7 +222,7 @@ async def running_api(
     options: TenantOptions | None = None,
 ) -> AsyncIterator[Api]:
     clock = ManualClock()
-    store = Store.open(folder / "osqbox.db", (tenants.migrations, migrations), clock, Feed())
+    store = Store.open(folder / "osqbox.db", (tenants.migrations, audit.migrations, migrations), clock, Feed())
     made = Api(store, clock, bounds or Bounds(), read_hold_s, retention or Retention())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.writer)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from osqbox import feed
+from osqbox import audit, feed
 from osqbox.errors import BadSetup, BadUsage
 from osqbox.osquery import campaigns, carves, configs, logs, nodes, upkeep
 from osqbox.osquery.amalgamate import Source
@@ -360,3 +360,16 @@ def test_a_failure_is_logged_and_tried_again(
     with caplog.at_level(logging.ERROR):
         api(test, retention=Retention(log_lines=1))
     assert len([record for record in caplog.records if "upkeep failed" in record.message]) == 2
+
+
+def test_the_audit_keeps_its_newest_rows_and_its_chain(api: Run) -> None:
+    async def test(api: Any) -> None:
+        for number in range(8):
+            await api.do(audit.record, "operator", "job.run", f"job-{number}")
+        await api.upkeep._prune()
+        rows = api.store.peek(audit.rows)
+        assert [row["subject"] for row in rows] == ["job-5", "job-6", "job-7"]
+        assert api.store.peek(audit.verify).broken_at is None
+        assert api.store.peek(drops)["audit"] == 5
+
+    api(test, retention=Retention(audit_rows=3))
