@@ -17,8 +17,9 @@ from urllib.parse import parse_qsl
 from osqbox.listen.asgi import ClientGone
 
 from .errors import Code, JobError, invalid
+from .facts import status_facts
 from .messages import Caller, Chunk, OutputEvent, OutputRequest, State, Stream
-from .translate import PAGE_DEFAULT, PAGE_MAX, status_facts
+from .translate import PAGE_DEFAULT, PAGE_MAX
 
 if TYPE_CHECKING:
     from .rpc import Waits

@@ -486,14 +486,6 @@ class JobRunner:
                 events = await stack.enter_async_context(following)
             yield events
 
-    async def output_path(self, job: str, caller: Caller) -> Path:
-        """The file of the log, for a raw download; what was dropped reads as zeros. NOT_FOUND where there is none."""
-        record, _ = await self._find(job, caller, "output")
-        path = self._directory / record.status.id / "output"
-        if not path.exists():
-            raise JobError(Code.NOT_FOUND, f"job {record.status.id} has no output", reason="NO_OUTPUT")
-        return path
-
     # keeping account
 
     async def _allow(self, caller: Caller, verb: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import trio
@@ -12,11 +12,11 @@ from msgspec import Meta
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from osqbox.clock import rfc3339
 from osqbox.errors import Refused
 from osqbox.jobs import access, messages
 from osqbox.jobs.errors import JobError, invalid
-from osqbox.jobs.messages import Caller, JobSpec, OutputMode, OutputRequest, Overflow, Status, Stream
+from osqbox.jobs.facts import status_facts
+from osqbox.jobs.messages import Caller, JobSpec, OutputMode, OutputRequest, Overflow, Stream
 from osqbox.listen import current_peer
 
 from .answers import EVENTS, answered
@@ -234,46 +234,6 @@ class OutputFacts(msgspec.Struct):
     job: JobFacts | msgspec.UnsetType = msgspec.UNSET
 
 
-def facts_of(status: Status) -> dict[str, Any]:
-    """A job as `JobFacts`; bytes that are not UTF-8 are shown as \\xNN."""
-    return {
-        "id": status.id,
-        "state": status.state,
-        "owner": status.owner,
-        "run_as": status.run_as,
-        "command": _shown(status.command),
-        "args": [_shown(word) for word in status.args],
-        "pid": status.pid,
-        "exit_code": status.exit_code,
-        "signal": status.signal,
-        "core_dumped": status.core_dumped,
-        "errno": status.errno,
-        "reason": status.reason,
-        "stopped_by": status.stopped_by,
-        "created_at": rfc3339(status.created_at),
-        "started_at": rfc3339(status.started_at),
-        "ended_at": rfc3339(status.ended_at),
-        "output_bytes": status.output_bytes,
-        "stdout_bytes": status.stdout_bytes,
-        "stderr_bytes": status.stderr_bytes,
-        "output_truncated": status.output_truncated,
-        "output_drained": status.output_drained,
-        "usage": {
-            "user_s": status.usage.user_s,
-            "system_s": status.usage.system_s,
-            "max_rss_bytes": status.usage.max_rss_bytes,
-        },
-        "containment": status.containment,
-        "enforced": list(status.enforced),
-        "leftover_processes": status.leftover_processes,
-        "labels": dict(status.labels),
-    }
-
-
-def _shown(word: bytes) -> str:
-    return word.decode(errors="backslashreplace")
-
-
 # routes
 
 
@@ -288,7 +248,7 @@ def _add_jobs(routes: Blueprint, parts: Parts) -> None:
     @operation(JobFacts, status=201, body=NewJob)
     async def run_job(body: NewJob) -> TrioResponse:
         """Start a process; answered when it runs."""
-        return answered(facts_of(await _jobs(parts).run(body.spec(), _operator())), 201)
+        return answered(status_facts(await _jobs(parts).run(body.spec(), _operator())), 201)
 
     @routes.get("/jobs")
     @operation(JobPage, query=Which)
@@ -302,13 +262,13 @@ def _add_jobs(routes: Blueprint, parts: Parts) -> None:
             limit=query.limit,
             before=query.before,
         )
-        return answered({"jobs": list(map(facts_of, page.jobs)), "next_page": page.next_page})
+        return answered({"jobs": list(map(status_facts, page.jobs)), "next_page": page.next_page})
 
     @routes.get("/jobs/<job>")
     @operation(JobFacts)
     async def show_job(job: str) -> TrioResponse:
         """One job by its id or the beginning of it."""
-        return answered(facts_of(await _jobs(parts).status(job, _operator())))
+        return answered(status_facts(await _jobs(parts).status(job, _operator())))
 
     @routes.delete("/jobs/<job>")
     @operation(DeletedJob)
@@ -332,25 +292,25 @@ def _add_controls(routes: Blueprint, parts: Parts) -> None:
             leader_only=body.leader_only,
             strict=body.strict,
         )
-        return answered({**facts_of(status), "already_ended": already_ended})
+        return answered({**status_facts(status), "already_ended": already_ended})
 
     @routes.post("/jobs/<job>/signal")
     @operation(JobFacts, body=Signal)
     async def signal_job(job: str, body: Signal) -> TrioResponse:
         """Send a signal to the command of a job; what it started gets none."""
-        return answered(facts_of(await _jobs(parts).signal(job, _operator(), body.number)))
+        return answered(status_facts(await _jobs(parts).signal(job, _operator(), body.number)))
 
     @routes.post("/jobs/<job>/suspend")
     @operation(JobFacts, body=Nothing)
     async def suspend_job(job: str, body: Nothing) -> TrioResponse:  # noqa: ARG001 - it has nothing to say
         """Freeze every process of a job."""
-        return answered(facts_of(await _jobs(parts).suspend(job, _operator())))
+        return answered(status_facts(await _jobs(parts).suspend(job, _operator())))
 
     @routes.post("/jobs/<job>/resume")
     @operation(JobFacts, body=Nothing)
     async def resume_job(job: str, body: Nothing) -> TrioResponse:  # noqa: ARG001
         """Let a suspended job go on."""
-        return answered(facts_of(await _jobs(parts).resume(job, _operator())))
+        return answered(status_facts(await _jobs(parts).resume(job, _operator())))
 
     @routes.post("/jobs/<job>/input")
     @operation(TakenInput, body=Input)
@@ -369,7 +329,7 @@ def _add_streams(routes: Blueprint, parts: Parts) -> None:
     async def wait_for_job(job: str, query: Wait) -> TrioResponse:
         """The job when it has ended, or as it is after ``timeout_s``."""
         status = await _unless_stopping(parts, lambda: _jobs(parts).wait(job, _operator(), query.timeout_s))
-        return answered(facts_of(status))
+        return answered(status_facts(status))
 
     @routes.get("/jobs/<job>/output")
     @operation(bytes, media=OCTETS, or_events=OutputFacts, query=Output)
@@ -385,7 +345,8 @@ def _add_streams(routes: Blueprint, parts: Parts) -> None:
         wanted = query.request(_last_event_id() if wants_events else None, follow=wants_events)
         async with jobs.output(status.id, caller, wanted):
             pass  # tried first: once the head is out, a refusal could only break it off
-        body = (Events if wants_events else Download)(parts, lambda: jobs.output(status.id, caller, wanted), facts_of)
+        answer = Events if wants_events else Download
+        body = answer(parts, lambda: jobs.output(status.id, caller, wanted), status_facts)
         return sent(body, status)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import trio
 
 from osqbox.jobs import open_jobs
-from osqbox.jobs.library import LOCAL, LocalJobs
+from osqbox.jobs.library import LocalJobs
 from osqbox.jobs.messages import CHUNK_BYTES, MIB, Chunk, JobBounds
 
 CLOCK = """
@@ -109,7 +109,7 @@ async def bench_throughput(jobs: LocalJobs, options: argparse.Namespace) -> None
         for _ in range(options.followers):
             nursery.start_soon(count)
     late_s = time.perf_counter() - begun
-    path = await jobs.runner.output_path(job.id, LOCAL)
+    path = options.directory / "jobs" / job.id / "output"
     begun = time.perf_counter()
     for _ in range(options.followers):
         fd = os.open(path, os.O_RDONLY)
@@ -224,7 +224,8 @@ def main() -> None:
 
     async def run(directory: str) -> None:
         for name in options.only.split(","):
-            async with open_jobs(Path(directory) / name, JobBounds(kept_jobs=20_000), stop_jobs=True) as jobs:
+            options.directory = Path(directory) / name
+            async with open_jobs(options.directory, JobBounds(kept_jobs=20_000), stop_jobs=True) as jobs:
                 await BENCHES[name](jobs, options)
 
     with tempfile.TemporaryDirectory() as directory:

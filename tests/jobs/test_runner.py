@@ -405,7 +405,6 @@ def test_others_jobs_are_not_there(tmp_path: Path) -> None:
                     lambda who: runner.wait(job.id, who),
                     lambda who: runner.send_input(job.id, who, b"x"),
                     lambda who: runner.delete(job.id, who),
-                    lambda who: runner.output_path(job.id, who),
                 ):
                     with pytest.raises(JobError) as caught:
                         await call(stranger)

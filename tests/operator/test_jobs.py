@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -21,11 +22,11 @@ from osqbox import audit
 from osqbox.certs import ensure_identity, issue_client, revoke
 from osqbox.identity import Identity
 from osqbox.jobs.errors import Code, JobError
+from osqbox.jobs.facts import status_facts
 from osqbox.jobs.messages import Chunk, End, OutputRequest, State, Status, Stream, Truncated
 from osqbox.jobs.runner import open_runner
-from osqbox.jobs.translate import status_facts
 from osqbox.operator import job_output
-from osqbox.operator.jobs import facts_of
+from osqbox.operator.jobs import JobFacts
 
 EVENTS = {"Accept": "text/event-stream"}
 Test = Callable[[Any], Awaitable[None]]
@@ -79,12 +80,14 @@ def test_a_job_is_run_under_the_operators_name_and_audited(jobs: Callable[[Test]
     jobs(test)
 
 
-def test_the_facts_of_a_job_are_the_same_as_on_the_jobs_listener() -> None:
+def test_the_facts_of_a_job_are_those_that_the_document_describes() -> None:
     status = Status(
         "j1", "acme/alice", "nobody", b"/bin/\xff", (b"-a",), State.EXITED, 1.5, pid=7, started_at=2.0, ended_at=3.0,
         exit_code=0, output_bytes=5, stdout_bytes=5, enforced=("memory:cgroup2",), labels={"a": "b"},
     )  # fmt: skip
-    assert facts_of(status) == status_facts(status)
+    facts = msgspec.to_builtins(msgspec.convert(status_facts(status), JobFacts))
+    assert facts == status_facts(status)
+    assert (facts["command"], facts["state"]) == ("/bin/\\xff", "exited")
 
 
 def test_jobs_are_listed_by_state_owner_and_label_page_by_page(jobs: Callable[[Test], None]) -> None:
