@@ -24,8 +24,8 @@ with any SQLite tool: `sqlite3 -readonly osqbox.db "select hostname, last_seen_a
 writes it. Times are seconds since the epoch. Tables are prefixed by the system they belong to.
 
 Retention drops what is beyond its bounds, oldest first, and counts it in `store_drops`: log lines
-(`serve --keep-log-lines` and `--keep-log-mib`, 30 days), events (100,000), audit rows (1,000,000), ended campaigns (10,000), carves (4 GiB in
-all).
+(`serve --keep-log-lines` and `--keep-log-mib`, 30 days), events (100,000), audit rows (1,000,000), ended campaigns
+(10,000), carves (4 GiB in all).
 """
 
 
