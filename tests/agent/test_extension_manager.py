@@ -21,8 +21,11 @@ from osquery import ExtensionClient as TheirClient  # type: ignore[import-untype
 from osqbox.agent.client import Call, Core, Failure, Identity
 from osqbox.agent.extension.agent_host import AgentHost
 from osqbox.agent.extension.calls import PluginCaller
+from osqbox.agent.extension.client import ExtensionClient
 from osqbox.agent.extension.live import LiveTables
 from osqbox.agent.extension.manager import ExtensionManagerServer
+from osqbox.agent.extension.messages import Status
+from osqbox.agent.extension.sockets import NotListening
 from osqbox.agent.flags import Flags
 from osqbox.agent.messages import Endpoints
 from osqbox.agent.own import own_tables
@@ -238,6 +241,38 @@ def test_a_table_of_the_package_is_joined_with_our_processes(folder: Path) -> No
                 await agent.wait("extension_gone")
                 result = agent.engine.query("select * from lines", tables=agent.tables)
                 assert (result.status, result.message) == (1, "no such table: lines")
+
+    trio.run(main)
+
+
+def test_a_query_that_meets_an_extension_first_does_not_make_the_watcher_give_it_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ping = ExtensionClient.ping
+    pings = 0
+
+    async def main() -> None:
+        async with running_agent(folder) as (agent, manager):
+
+            async def failing_late(client: ExtensionClient) -> Status:
+                nonlocal pings
+                pings += 1
+                if pings == 1:  # nobody listened when this ping began; by its end a query has been answered
+                    [extension] = manager.extensions.values()
+                    async with manager.client(extension) as met:
+                        await met.call("table", "lines", {"action": "columns"})
+                    agent.hear("ping_failed", {})
+                    raise NotListening("nobody listens yet")
+                status = await ping(client)
+                if "ping_failed" in dict(agent.events):
+                    agent.hear("pinged", {})
+                return status
+
+            monkeypatch.setattr(ExtensionClient, "ping", failing_late)
+            with their_extension(folder, agent.path), trio.fail_after(20):
+                while not {"pinged", "extension_gone"} & dict(agent.events).keys():
+                    await agent.heard.wait()
+                assert [extension.name for extension in manager.extensions.values()] == ["theirs"]
 
     trio.run(main)
 

@@ -247,10 +247,11 @@ class ExtensionManagerServer:
             try:
                 listening_by = trio.current_time() + self.timeout_s
                 while True:
+                    met = extension.uuid in self._met  # before the ping: a query may meet it while the ping fails
                     try:
                         await self._check(extension, client)
                     except NotListening:
-                        if extension.uuid in self._met or trio.current_time() > listening_by:
+                        if met or trio.current_time() > listening_by:
                             raise
                         await trio.sleep(POLL_S)
                     else:
