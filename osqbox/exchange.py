@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+Write: TypeAlias = Callable[[bytes], Awaitable[None]]
+"""Writes a piece of a body, which is then on its way. Raises, or is cancelled, when the client has left or stalls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +19,7 @@ class Peer:
     """Who is at the other end of a connection, as far as the transport could prove it."""
 
     address: str
-    """IP address, without the port."""
+    """IP address, without the port; ``unix`` for a client of a unix socket."""
     connection: str
     """Unique per accepted connection, over restarts of the box too."""
     certificate_name: str | None = None
@@ -33,6 +36,8 @@ class Peer:
     """Seconds since the epoch."""
     tls_version: str | None = None
     """Such as ``TLSv1.3``; None when the connection is in the clear."""
+    unix_user: int | None = None
+    """User id of a unix socket's client, as the kernel knows it."""
 
 
 @dataclass(slots=True)
@@ -57,6 +62,11 @@ class Response:
     headers: tuple[tuple[str, str], ...] = ()
     close: bool = False
     """Close the connection after this answer."""
+    stream: Callable[[Write], Awaitable[None]] | None = field(default=None, repr=False)
+    """Writes the body, one piece at a time, instead of ``body``. When it raises, the connection is cut, so that the
+    client does not take what came for the whole. Cancelled when the client leaves an answer without a length."""
+    length_bytes: int | None = None
+    """What ``stream`` will write in all; None: nobody knows."""
 
 
 class Handler(Protocol):

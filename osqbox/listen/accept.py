@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
+import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 
 import trio
@@ -16,7 +18,7 @@ import trio
 from osqbox.errors import BadSetup
 from osqbox.exchange import Handler, Peer
 
-from .asgi import ASGIApp, Lifespan, agents_asgi, guarded
+from .asgi import ASGIApp, Lifespan, StreamsBody, agents_asgi, guarded
 from .connection import (
     Books,
     Budget,
@@ -29,7 +31,7 @@ from .connection import (
     kinds_of,
 )
 from .inline import serve_inline
-from .sockets import notice_vanished_peers, open_sockets
+from .sockets import bound_unacknowledged, notice_vanished_peers, open_sockets, open_unix_socket, unix_user
 from .tls import certificate_authority, certificate_identity
 
 logger = logging.getLogger("osqbox.listen")
@@ -79,6 +81,7 @@ class Listener:
         on_event: Callable[[str], None] | None = None,
         check_peer: Callable[[Peer], str | None] | None = None,
         on_refused_peer: Callable[[Peer, str], None] | None = None,
+        streams_body: StreamsBody | None = None,
     ) -> None:
         if app is None:
             if handler is None:
@@ -100,12 +103,16 @@ class Listener:
         self._ssl_context = ssl_context
         self._handler = handler
         self._app = app
-        self._served_app = app if handler else guarded(app, body_limit_bytes=self.limits.app_body_bytes)
+        self._served_app = (
+            app if handler else guarded(app, body_limit_bytes=self.limits.app_body_bytes, streams_body=streams_body)
+        )
         self._config = repairs.hypercorn_config(self.limits)
         self._context = repairs.WorkerContext(None)
         self._repairs = repairs
         self._id_prefix = secrets.token_hex(6)
         self._sockets: list[trio.socket.SocketType] = []
+        self._files: list[tuple[Path, int]] = []
+        """Of unix sockets, with their inodes."""
         self._port: int | None = None
         self._connections: set[Connection] = set()
         self._nursery: trio.Nursery | None = None
@@ -124,7 +131,19 @@ class Listener:
         if self.limits.vanished_after_s is not None:
             for sock in self._sockets:
                 notice_vanished_peers(sock, self.limits.vanished_after_s)
+        if self.limits.unacknowledged_after_s is not None:
+            for sock in self._sockets:
+                bound_unacknowledged(sock, self.limits.unacknowledged_after_s)
         self._port = self._sockets[0].getsockname()[1]
+
+    def bind_unix(self, path: Path) -> None:
+        """Listen at a unix socket's path, for this user only. The file goes when `stop_accepting` is called.
+
+        Raises AddressInUse or BadSetup.
+        """
+        sock = open_unix_socket(self.name, path)
+        self._sockets.append(trio.socket.from_stdlib_socket(sock))
+        self._files.append((path, path.stat().st_ino))
 
     @property
     def port(self) -> int:
@@ -170,6 +189,11 @@ class Listener:
         self._accepting.cancel()
         for sock in self._sockets:
             sock.close()
+        for path, inode in self._files:
+            with suppress(OSError):
+                if path.lstat().st_ino == inode:  # nobody has put another there meanwhile
+                    path.unlink()
+        self._files.clear()
 
     async def drain(self) -> None:
         """Stop: idle connections at once, requests in flight within ``drain_timeout_s``, then whatever is left.
@@ -262,7 +286,11 @@ class Listener:
                 self._emptied.set()
 
     async def _converse(self, connection: Connection) -> None:
-        connection.peer = replace(connection.peer, address=_address(connection.transport))
+        sock = connection.transport.socket
+        if sock.family == socket.AF_UNIX:
+            connection.peer = replace(connection.peer, address="unix", unix_user=unix_user(sock))
+        else:
+            connection.peer = replace(connection.peer, address=_address(connection.transport))
         stream = None
         if self._ssl_context is not None:
             stream = await self._handshake(connection, self._ssl_context)

@@ -11,10 +11,10 @@ from typing import Any, NoReturn, TypeAlias
 import trio
 
 from osqbox.errors import Refused
-from osqbox.exchange import Handler, Request, Response
+from osqbox.exchange import Handler, Request, Response, Write
 
-from .connection import Connection, Limits, current_connection
-from .inline import answer_safely
+from .connection import SLICE_BYTES, Connection, Limits, current_connection
+from .inline import answer_safely, stream_safely
 
 logger = logging.getLogger("osqbox.listen")
 
@@ -22,6 +22,10 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+StreamsBody: TypeAlias = Callable[[MutableMapping[str, Any]], bool]
+"""Whether a request, by its scope, has a body that its application takes piece by piece and bounds itself."""
 
 
 class ClientGone(OSError):
@@ -91,7 +95,29 @@ class _AgentExchange:
             self._shared.books.dropped += 1
             await _drop(self._connection)
         self._connection.retiring |= response.close  # before: the end of the answer is when it counts
-        await _send_response(self._send, response)
+        if response.stream is not None and self._method != "HEAD":
+            await self._stream(response, response.stream)
+        else:
+            await _send_response(self._send, response)
+
+    async def _stream(self, response: Response, stream: Callable[[Write], Awaitable[None]]) -> None:
+        left_bytes = response.length_bytes
+
+        async def write(data: bytes) -> None:
+            nonlocal left_bytes
+            if left_bytes is not None:
+                left_bytes -= len(data)
+                if left_bytes < 0:
+                    raise ValueError(f"a streamed answer is longer than it said, by {-left_bytes} bytes")
+            for start in range(0, len(data), SLICE_BYTES):
+                piece = data[start : start + SLICE_BYTES]
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+        await _send_start(self._send, response)
+        length_bytes = response.length_bytes
+        if await stream_safely(self._connection, stream, write, self._wait_gone, length_bytes) and not left_bytes:
+            await self._send({"type": "http.response.body", "body": b""})
+        # else: the application ends without the end of its answer, and the stream is reset
 
     async def _answer(self, pieces: list[bytes]) -> Response | None:
         if (reason := self._connection.refusal_of_peer()) is not None:
@@ -147,12 +173,19 @@ def _body_deadline(timeout_s: float) -> Iterator[None]:
 
 
 async def _send_response(send: Send, response: Response, prefix: str = "http.response") -> None:
-    fields = [("content-type", response.content_type), ("content-length", str(len(response.body)))]
+    await _send_start(send, response, prefix)
+    await send({"type": f"{prefix}.body", "body": response.body})
+
+
+async def _send_start(send: Send, response: Response, prefix: str = "http.response") -> None:
+    length_bytes = len(response.body) if response.stream is None else response.length_bytes
+    fields = [("content-type", response.content_type)]
+    if length_bytes is not None:
+        fields.append(("content-length", str(length_bytes)))
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (*fields, *response.headers)
     ]
     await send({"type": f"{prefix}.start", "status": response.status, "headers": headers})
-    await send({"type": f"{prefix}.body", "body": response.body})
 
 
 async def _refuse_websocket(handler: Handler, connection: Connection, target: str, send: Send) -> None:
@@ -178,11 +211,11 @@ async def _empty_lifespan(_scope: MutableMapping[str, Any], receive: Receive, se
 # every application
 
 
-def guarded(app: ASGIApp, *, body_limit_bytes: int | None) -> ASGIApp:
+def guarded(app: ASGIApp, *, body_limit_bytes: int | None, streams_body: StreamsBody | None = None) -> ASGIApp:
     """Wrap an application that has no `Handler` in front of it.
 
-    HTTP bodies are bounded in size and time, unless ``body_limit_bytes`` is None, and a peer that may not be served
-    any more is refused before every request.
+    HTTP bodies are bounded in size and time, unless ``body_limit_bytes`` is None or ``streams_body`` says that the
+    application does that by itself; a peer that may not be served any more is refused before every request.
     """
 
     async def guarded_app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -194,7 +227,7 @@ def guarded(app: ASGIApp, *, body_limit_bytes: int | None) -> ASGIApp:
         reason = connection.refusal_of_peer()
         if reason is not None:
             await _refuse_peer(connection, reason, scope["type"], send)
-        elif scope["type"] == "http" and body_limit_bytes is not None:
+        elif scope["type"] == "http" and body_limit_bytes is not None and not (streams_body and streams_body(scope)):
             await _BoundedExchange(connection, body_limit_bytes, receive, send).run(app, scope)
         else:
             await app(scope, receive, send)

@@ -40,6 +40,9 @@ class Limits:
     """The same for the window of one HTTP/2 stream, where a reader may want to pause; None: no longer than that."""
     vanished_after_s: int | None = None
     """After about so long without a sign of life from the other machine, an idle connection is over (TCP keepalive)."""
+    unacknowledged_after_s: int | None = None
+    """How long what was written may stay without the other machine's acknowledgement; None: as TCP likes, which is a
+    quarter of an hour. Also for a reader that lets its window stay shut."""
     h2_streams: int = 100
     """Requests at once on one HTTP/2 connection."""
     drain_timeout_s: float = 3
@@ -56,6 +59,8 @@ class Limits:
     """Largest body for the ASGI application of a listener without handler; None when bodies are streams (gRPC),
     which are then not bounded in time either."""
     websocket_message_bytes: int = 16 * MIB
+    websocket_ping_s: float | None = None
+    """Between pings; None sends none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,7 @@ def hypercorn_config(limits: Limits) -> Config:
     config.h2_max_header_list_size = limits.max_header_bytes
     config.h2_max_concurrent_streams = limits.h2_streams
     config.websocket_max_message_size = limits.websocket_message_bytes
+    config.websocket_ping_interval = limits.websocket_ping_s
     return config
 
 

@@ -8,7 +8,7 @@ deadline, and no task is started per request.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from enum import Enum, auto
 from http import HTTPStatus
 from math import inf
@@ -17,16 +17,17 @@ import h11
 import trio
 
 from osqbox.errors import Refused
-from osqbox.exchange import Handler, Request, Response
+from osqbox.exchange import Handler, Request, Response, Write
 
-from .connection import Connection
+from .connection import Connection, kinds_of
 
 logger = logging.getLogger("osqbox.listen")
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _WEBSOCKET_VERSION = "13"
-_REASONS = {431: "header_too_large", 501: "transfer_encoding"}
+_HEADER_TOO_LARGE = 431
+_REASONS = {_HEADER_TOO_LARGE: "header_too_large", 501: "transfer_encoding"}
 
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -64,6 +65,7 @@ class Inline:
         self._http = h11.Connection(h11.SERVER)
         self._stage = _Stage.IDLE
         self._head_only = False
+        self._knows_chunks = True
         self._target: str | None = None
         self._seen: list[bytes] = []
         """Raw pieces of the request being read."""
@@ -142,6 +144,9 @@ class Inline:
             if self._eof:
                 return h11.ConnectionClosed()
             status = error.error_status_hint
+            if status == _HEADER_TOO_LARGE and b"\n" not in b"".join(self._seen):
+                message = f"expected a request line of at most {self._shared.limits.max_header_bytes} bytes, got more"
+                raise Refused("target_too_long", message, status=414) from None
             raise Refused(_REASONS.get(status, "bad_request"), f"not HTTP/1.1: {error}", status=status) from None
 
     async def _receive(self) -> bytes:
@@ -157,6 +162,7 @@ class Inline:
     def _admit(self, head: h11.Request, headers: dict[str, str]) -> None:
         """Raise Refused for what is refused before its body is read."""
         self._head_only, self._target = head.method == b"HEAD", head.target.decode("ascii")
+        self._knows_chunks = head.http_version != b"1.0"
         if head.http_version not in (b"1.1", b"1.0"):
             raise Refused("http_version", "expected HTTP/1.0 or HTTP/1.1", status=505)
         if head.method == b"CONNECT":
@@ -234,8 +240,27 @@ class Inline:
             self._shared.books.dropped += 1
             return False
         keep = not (response.close or connection.retiring or self._eof) and self._http.their_state is h11.DONE
+        if response.stream is not None and not self._head_only:
+            return await self._stream(response, response.stream, keep=keep)
         await self._send(response, keep=keep)
         return keep
+
+    async def _stream(self, response: Response, stream: Callable[[Write], Awaitable[None]], *, keep: bool) -> bool:
+        """An answer that is written as it comes. True when the connection goes on."""
+        connection = self._connection
+        is_chunked = response.length_bytes is None and self._knows_chunks
+        keep = keep and (is_chunked or response.length_bytes is not None)
+        pieces = _Pieces(connection, response.length_bytes, is_chunked=is_chunked)
+        self._stage = _Stage.SEND
+        head = stream_head_bytes(response, self._shared.date(), is_chunked=is_chunked, keep=keep)
+        await connection.send(head, connection.scope)
+        connection.scope.deadline = inf
+        is_whole = await stream_safely(connection, stream, pieces.write, self._wait_gone, response.length_bytes)
+        if not (is_whole and await pieces.end()):
+            connection.cut()
+            await trio.lowlevel.checkpoint()
+            return False
+        return keep and not (connection.retiring or self._eof)
 
     async def _send(self, response: Response, *, keep: bool) -> None:
         self._stage = _Stage.SEND
@@ -262,6 +287,77 @@ class Inline:
             return
 
 
+class _Pieces:
+    """The body of a streamed answer on its way: framed, each piece under the write deadline."""
+
+    def __init__(self, connection: Connection, length_bytes: int | None, *, is_chunked: bool) -> None:
+        self._connection = connection
+        self._left_bytes = length_bytes
+        self._is_chunked = is_chunked
+        self._is_intact = True
+        """No write was given up half-way."""
+
+    async def write(self, data: bytes) -> None:
+        if self._left_bytes is not None:
+            if len(data) > self._left_bytes:
+                raise ValueError(f"a streamed answer is longer than it said, by {len(data) - self._left_bytes} bytes")
+            self._left_bytes -= len(data)
+        if data:
+            await self._send(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+
+    async def end(self) -> bool:
+        """Whether the client has got the whole body."""
+        if self._is_intact and self._is_chunked:
+            await self._send(b"0\r\n\r\n")
+        return self._is_intact and not self._left_bytes
+
+    async def _send(self, data: bytes) -> None:
+        if not self._is_intact:
+            raise trio.BrokenResourceError("an earlier write was given up half-way")
+        connection = self._connection
+        self._is_intact = False
+        await connection.send(data, connection.scope)
+        connection.scope.deadline = inf
+        self._is_intact = True
+
+
+async def stream_safely(
+    connection: Connection,
+    stream: Callable[[Write], Awaitable[None]],
+    write: Write,
+    wait_gone: Callable[[], Awaitable[None]],
+    length_bytes: int | None,
+) -> bool:
+    """Let a handler write its answer. False when it failed or the client left, so that there is no whole answer.
+
+    An answer without a length may be silent for hours, so somebody watches meanwhile whether the client is there.
+    """
+    is_whole = False
+    try:
+        if length_bytes is not None:
+            await stream(write)
+            is_whole = True
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_when_gone, wait_gone, nursery.cancel_scope)
+                await stream(write)
+                is_whole = True
+                nursery.cancel_scope.cancel()
+    except* GONE:
+        pass
+    except* Exception as group:
+        shared = connection.shared
+        shared.books.error()
+        logger.error("%s: a streamed answer failed: %s", shared.name, kinds_of(group))
+        logger.debug("%s: a streamed answer failed", shared.name, exc_info=group)
+    return is_whole
+
+
+async def _cancel_when_gone(wait_gone: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await wait_gone()
+    scope.cancel()
+
+
 async def answer_safely(connection: Connection, handler: Handler, request: Request) -> Response | None:
     """The handler's answer; should it break its promise never to raise, an internal error without the text."""
     try:
@@ -278,16 +374,28 @@ def response_bytes(response: Response, date: str, *, head_only: bool, keep: bool
     """A whole HTTP/1.1 answer. Raises ValueError for a header that would break out of its line."""
     status = response.status
     bodiless = status in (204, 304)  # RFC 9110, 8.6: no Content-Length either
-    head = "".join(_head_lines(response, date, bodiless=bodiless, keep=keep))
+    head = "".join(_head_lines(response, date, None if bodiless else _length_line(response), keep=keep))
     if head_only or bodiless:
         return head.encode("latin-1")
     return head.encode("latin-1") + response.body
 
 
-def _head_lines(response: Response, date: str, *, bodiless: bool, keep: bool) -> Iterator[str]:
+def stream_head_bytes(response: Response, date: str, *, is_chunked: bool, keep: bool) -> bytes:
+    """What goes before a streamed body. Raises ValueError as `response_bytes` does."""
+    framing = "transfer-encoding: chunked\r\n" if is_chunked else _length_line(response)
+    return "".join(_head_lines(response, date, framing, keep=keep)).encode("latin-1")
+
+
+def _length_line(response: Response) -> str:
+    if response.stream is None:
+        return f"content-length: {len(response.body)}\r\n"
+    return "" if response.length_bytes is None else f"content-length: {response.length_bytes}\r\n"
+
+
+def _head_lines(response: Response, date: str, framing: str | None, *, keep: bool) -> Iterator[str]:
     yield f"HTTP/1.1 {response.status} {_PHRASES.get(response.status, '')}\r\ndate: {date}\r\n"
-    if not bodiless:
-        yield f"content-type: {response.content_type}\r\ncontent-length: {len(response.body)}\r\n"
+    if framing is not None:
+        yield f"content-type: {response.content_type}\r\n{framing}"
     for name, value in response.headers:
         if "\n" in name or "\r" in name or "\n" in value or "\r" in value:
             raise ValueError(f"line break in the value of response header {name!r}")

@@ -5,7 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Sequence
+import stat
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeAlias
 
 import trio
@@ -18,7 +23,13 @@ PORT_ATTEMPTS = 50
 PROBES = 3
 """Unanswered questions to a silent peer before its connection is over."""
 
+UNIX_PATH_BYTES = 104 if sys.platform == "darwin" else 108
+"""Room for a path in a unix socket's address, its final NUL included (unix(7))."""
+
 Address: TypeAlias = tuple[socket.AddressFamily, str]
+
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: process, user, group (socket(7))."""
 
 _NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 
@@ -51,6 +62,81 @@ def notice_vanished_peers(sock: trio.socket.SocketType, after_s: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, after_s - PROBES * probe_s))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+
+
+def open_unix_socket(name: str, path: Path) -> socket.socket:
+    """A socket bound at ``path`` which only the same user may use (mode 0600); `listen` opens it to others.
+
+    A socket file that nobody listens on is taken over. Raises AddressInUse when somebody does, BadSetup when the path
+    cannot be used.
+    """
+    hint = f"osqbox serve --{name.replace('_', '-')} /a/shorter/path.sock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with reachable_path(path) as address:
+            _remove_stale(name, path, address)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.bind(address)
+                Path(address).chmod(0o600)  # before listen: until then nobody can connect, whatever the umask
+                sock.listen(BACKLOG)
+            except OSError:
+                sock.close()
+                raise
+    except OSError as error:
+        raise BadSetup(f"{name}: cannot listen at {path}: {error.strerror or error}", hint=hint) from error
+    return sock
+
+
+def unix_user(sock: trio.socket.SocketType) -> int | None:
+    """User id of the process at the other end; None where the kernel does not say."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    found = sock.getsockopt(socket.SOL_SOCKET, option, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(found)[1])
+
+
+@contextmanager
+def reachable_path(path: Path) -> Iterator[str]:
+    """A path to the same socket file that fits into an address, inside the block."""
+    if len(os.fsencode(path)) < UNIX_PATH_BYTES:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        short = f"/proc/self/fd/{directory}/{path.name}"
+        if not Path(short).parent.exists() or len(os.fsencode(short)) >= UNIX_PATH_BYTES:
+            raise OSError(errno.ENAMETOOLONG, f"expected a path shorter than {UNIX_PATH_BYTES} bytes")
+        yield short
+    finally:
+        os.close(directory)
+
+
+def _remove_stale(name: str, path: Path, address: str) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise BadSetup(f"{name}: expected {path} to be free or a socket, got another kind of file")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(address)
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except (FileNotFoundError, BlockingIOError):
+            pass
+    if path.exists():
+        raise AddressInUse(f"{name}: somebody listens at {path} already", hint="osqbox status")
+
+
+def bound_unacknowledged(sock: trio.socket.SocketType, after_s: int) -> None:
+    """Let the kernel give up a connection whose other end acknowledges nothing; inherited as above (tcp(7))."""
+    if (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, option, after_s * 1000)
 
 
 async def _addresses(name: str, host: str) -> list[Address]:

@@ -27,6 +27,11 @@ class WebSocket:
         self.close_code: int | None = None
         """With what the other end closed, once `receive` has returned None; 1006 when it vanished, or we closed."""
 
+    @property
+    def is_closed(self) -> bool:
+        """Either end has closed, as far as is known: what is sent now goes nowhere."""
+        return self._closed
+
     async def receive(self) -> bytes | str | None:
         """The next message; None when there will be none any more."""
         if self.close_code is not None:
