@@ -241,6 +241,37 @@ def _search(files: LogFiles, offset: int) -> int:
     return low
 
 
+def pieces(
+    directory: Path, position: int, size_bytes: int
+) -> tuple[list[tuple[int, int, str, float, bytes]], int, int, int]:
+    """Records of a log from number ``position`` on, until they are ``size_bytes``; the last may pass it.
+
+    Each as number, offset, stream, time and bytes; then the number to go on with, how many there are behind it, and how
+    many were left out because the job's own bound dropped them. Raises FileNotFoundError where there is no log.
+    """
+    files = LogFiles(directory)
+    try:
+        found: list[tuple[int, int, str, float, bytes]] = []
+        dropped = size = 0
+        while size < size_bytes and (batch := files.records(position, BATCH_RECORDS, nowait=False)):
+            for start, length, stream, at_ns in batch:
+                data = files.read(start, length, nowait=False)
+                hole = files.hole()  # looked at after the bytes were
+                if not length or (hole is not None and start < hole.end and hole.start < start + length):
+                    after_hole = _position(hole.index_end) if hole is not None and hole.index_end else 0
+                    dropped, position = dropped + max(1, after_hole - position), max(position + 1, after_hole)
+                    if after_hole == position:
+                        break
+                    continue
+                found.append((position, start, STREAMS[min(stream, len(STREAMS) - 1)], at_ns / 1e9, data))
+                position, size = position + 1, size + length
+                if size >= size_bytes:
+                    break
+        return found, position, max(0, files.count() - position), dropped
+    finally:
+        files.close()
+
+
 def measure(directory: Path) -> Measure:
     """Of a log whose keeper is gone, from its files; zeros where there is none."""
     try:
