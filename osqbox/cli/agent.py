@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from osqbox.cli.agent_comms import TOLD, comms_options, refuse_without_comms, run_comms
 from osqbox.cli.control import control_of, control_options
 from osqbox.cli.find import Where, box_options
 from osqbox.cli.output import F, json_option, print_json, print_json_line, print_table, printable, tell
@@ -39,6 +40,7 @@ _TOLD = {
     "shells_refused": "no remote shells: {reason}",
     "shell_started": "shell {session}: {shell} as {user}",
     "shell_ended": "shell {session} ended: {reason}",
+    **TOLD,
 }
 _LAZY = {"capture": ("osqbox.cli.agent_capture", "Make a host profile from this machine.")}
 
@@ -98,17 +100,22 @@ def root_option(function: F) -> F:
 @click.option("--in-process", is_flag=True, help="Instances as tasks of this process instead of processes.")
 @click.option("--shared-client", is_flag=True, help="One HTTPS client for all instances instead of one each.")
 @root_option
+@comms_options
 @control_options
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines.")
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, **options: Any) -> int:
     """Run an osquery agent that answers SQL with this machine's real data, until Ctrl-C.
 
-    With --instances it runs one osquery instance per tenant, and is asked and changed by the verbs below.
+    With --instances it runs one osquery instance per tenant, and is asked and changed by the verbs below. With --comms
+    it is an agent of the comms API instead: it sends inventory and logs, and does what commands say.
     """
     if ctx.invoked_subcommand is not None:
         ctx.obj = options["root"]
         return 0
+    if options["comms"] is not None:
+        return run_comms(options, partial(_teller(as_json), ""), _until_signal)
+    refuse_without_comms(options)
     if options["instances"] is None:
         _refuse_without_instances(options)
         return _run_one(as_json, options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from osqbox.cli import as_called
+from osqbox.cli.agent_comms import run_demo_agent
 from osqbox.cli.serve import run_box, serve_options
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ ENROLL_WAIT_S = 10.0
 def command(**options: Any) -> int:
     """Run a throw-away box with this machine in it: enrolled over real TLS, with a schedule, a job, and shells on.
 
+    Beside it two pretended hosts are agents of the comms API.
+
     Ready means that this machine has enrolled: `osqbox query "select pid, name from processes"` answers, and
     `osqbox shell NODE` opens a real shell on it, for you alone: with the token of this box, on the loopback.
     """
@@ -40,6 +43,8 @@ def command(**options: Any) -> int:
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(run_local_agents, shells=True), box, 1)
             announce()
+            for index, profile in enumerate(("spike", "g1")):
+                nursery.start_soon(run_demo_agent, box, profile, "ubuntu", index)
             if box.job_runner:
                 nursery.start_soon(_run_job, box, box.job_runner)
             if sys.stdout.isatty() and not options["as_json"]:
@@ -59,6 +64,7 @@ def _tell_what_to_try() -> None:
         ("this machine is enrolled", 'osqbox query "select pid, name from processes limit 5"'),
         ("a shell on it", f"osqbox shell {machine_hostname()}"),
         ("a job that runs", "osqbox job list"),
+        ("two comms agents", "osqbox comms send ubuntu-0000 fetch-config --wait"),
     ):
         print(as_called(f"{what + ':':<26} {line}"))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from osqbox.cli.agent_comms import HERE, comms_url
 from osqbox.cli.control import control_of, scripted_options
 from osqbox.cli.find import Where, box_options
 from osqbox.cli.output import print_facts, tell
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import ssl
 
     from osqbox.agent.swarm.build import Hosts
+    from osqbox.agent.swarm.comms import CommsPlan
     from osqbox.agent.swarm.plan import SwarmPlan
     from osqbox.agent.swarm.run import OnProgress, Progress
 
@@ -48,6 +50,15 @@ _where = _options(
     *(click.option(f"--{call}-endpoint", metavar="PATH", help=f"The path of {call} calls instead.") for call in _CALLS),
     click.option("--client-cert", type=_FILE, metavar="FILE", help="The certificate all agents present (PEM)."),
     click.option("--client-key", type=_FILE, metavar="FILE", help="And the key to it."),
+    click.option("--comms", is_flag=False, flag_value=HERE, metavar="[URL]",
+                 help="Agents of the comms API. Default: of the box that runs here."),
+    click.option("--comms-kinds", metavar="MIX", help="Kinds by weight: sse (default), ws, poll, g1; sse:3,g1:1."),
+    click.option("--comms-speed", type=_SECONDS, metavar="FACTOR", help="Their waits are so many times shorter."),
+    click.option("--comms-logs", type=click.FloatRange(0), metavar="SECONDS",
+                 help="Between log events of an agent; 0 is never. Default: 10."),
+    click.option("--comms-inventory", type=click.FloatRange(0), metavar="SECONDS",
+                 help="Between looks at its inventory; 0 is never. Default: 3600."),
+    click.option("--with-osquery", is_flag=True, help="With --comms: osquery agents on the same hosts too."),
     click.option("--insecure", is_flag=True, help="Do not check the server's certificate; osqueryd cannot do that."),
     click.option("--allow-remote", is_flag=True, help="Let the server be another machine than this."),
 )  # fmt: skip
@@ -67,7 +78,7 @@ _what = _options(
     click.option("--profiles", default="ubuntu", metavar="MIX", help="Kinds of hosts by weight: ubuntu:3,windows:1."),
     click.option("--host-path", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
                  help="Hosts of Launcher's old simulator (YAML) instead of profiles; needs --hosts."),
-    click.option("--hosts", metavar="TYPE:COUNT,...", help="How many of which of its types; instead of --count."),
+    click.option("--hosts", metavar="TYPE:COUNT,...", help="How many of its types; a number alone is --count."),
     click.option("--seed", default=0, metavar="N", help="The same hosts, rows and troubles for the same number."),
     click.option("--start-time", metavar="TIME", help="What the agents' clocks show at first: Unix or RFC 3339."),
     click.option("--interval", type=click.IntRange(1), metavar="SECONDS",
@@ -113,14 +124,27 @@ def command(box: Where, fail_if: tuple[str, ...], **given: Any) -> int:
     from osqbox.agent.swarm.plan import read_threshold
 
     thresholds = [read_threshold(text) for text in fail_if]
-    _find(box, given)
-    plan = _plan(given)
+    if given["hosts"] is not None and given["hosts"].isdecimal():
+        given["count"], given["hosts"] = _count(given["hosts"]), None
+    comms = None
+    if given["comms"] is not None:
+        comms = _comms_plan(box, given)
+    else:
+        _refuse_without_comms(given)
+    if comms is None or given["with_osquery"]:
+        _find(box, given)
+    plan = _plan(given) if comms is None or given["with_osquery"] else None
     if given["locustfile"]:
+        if plan is None or comms is not None:
+            raise BadUsage("--locustfile is for osquery agents, without --comms")
         from osqbox.agent.swarm.locustfile import locustfile
 
         click.echo(locustfile(plan, given["ca"], given["profiles"]), nl=False)
         return 0
-    report = _run(plan, _hosts(plan, given["host_path"]), _tls(given), _progress(given["progress"]))
+    of_hosts = plan or (comms.swarm if comms else None)
+    assert of_hosts is not None
+    hosts = _hosts(of_hosts, given["host_path"])
+    report = _run(plan, comms, hosts, _tls(given), _progress(given["progress"]))
     failed = _verdicts(report, thresholds)
     _write(report | {"failed": failed}, given["json_file"], given["html_file"])
     if failed:
@@ -141,6 +165,62 @@ def _find(box: Where, given: dict[str, Any]) -> None:
         given["interval"] = given["interval"] or 1
     if not given["enroll_secret"]:
         raise BadUsage("an enroll secret is needed", hint="osqbox swarm --server URL --ca FILE --enroll-secret SECRET")
+
+
+def _count(text: str) -> int:
+    if not 1 <= int(text) <= 100_000:
+        raise BadUsage(f"expected --hosts from 1 to 100000, got {text}")
+    return int(text)
+
+
+def _refuse_without_comms(given: dict[str, Any]) -> None:
+    for name in ("comms_kinds", "comms_speed", "comms_logs", "comms_inventory", "with_osquery"):
+        if given[name]:
+            raise BadUsage(f"--{name.replace('_', '-')} goes with --comms", hint="osqbox swarm --comms --hosts 1000")
+
+
+def _comms_plan(box: Where, given: dict[str, Any]) -> CommsPlan:
+    """Raises BadUsage, and BadSetup when the box that runs here has no comms listener."""
+    from osqbox.agent.comms.options import Load, Pace
+    from osqbox.agent.swarm import plan as p
+    from osqbox.agent.swarm.comms import CommsPlan, read_kinds
+
+    if given["mode"] == "sweep":
+        raise BadUsage("--mode sweep is for osquery agents, without --comms")
+    if given["comms"] == HERE:
+        ready = box.find().ready
+        given["comms"] = comms_url(ready)
+        given["ca"] = given["ca"] or (Path(ready["ca"]) if ready.get("ca") else None)
+        given["enroll_secret"] = given["enroll_secret"] or ready.get("enroll_secret")
+    if not given["enroll_secret"]:
+        raise BadUsage("an enroll secret is needed", hint="osqbox swarm --comms URL --ca FILE --enroll-secret SECRET")
+    mix = p.read_mix(given["hosts"] or given["profiles"])
+    swarm = p.SwarmPlan(
+        server=p.server(given["comms"], allow_remote=given["allow_remote"]),
+        growth=p.Growth(
+            len(mix.round) if given["hosts"] else given["count"],
+            given["spawn_rate"],
+            _duration_s(given),
+            given["mode"],
+        ),
+        mix=mix,
+        enroll_secret=given["enroll_secret"],
+        seed=given["seed"],
+        allow_remote=given["allow_remote"],
+    )
+    usual = CommsPlan(swarm).load
+    load = Load(
+        inventory_every_s=_or(given["comms_inventory"], usual.inventory_every_s),
+        inventory_items=usual.inventory_items,
+        logs_every_s=_or(given["comms_logs"], usual.logs_every_s),
+        logs_items=usual.logs_items,
+    )
+    kinds = read_kinds(given["comms_kinds"] or "sse")
+    return CommsPlan(swarm, kinds, Pace().times_faster(given["comms_speed"] or 1.0), load)
+
+
+def _or(given: float | None, usual: float) -> float:
+    return usual if given is None else given
 
 
 def _plan(given: dict[str, Any]) -> SwarmPlan:
@@ -242,10 +322,11 @@ def _hosts(plan: SwarmPlan, directory: Path | None) -> Hosts:
     return SimulatedHosts(plan, load_host_types(directory))
 
 
-def _run(plan: SwarmPlan, hosts: Hosts, tls: ssl.SSLContext, on_progress: OnProgress | None) -> dict[str, Any]:
+def _run(
+    plan: SwarmPlan | None, comms: CommsPlan | None, hosts: Hosts, tls: ssl.SSLContext, on_progress: OnProgress | None
+) -> dict[str, Any]:
     import trio
 
-    from osqbox.agent.swarm.run import run_swarm
     from osqbox.cli.tune import tune_process
 
     tune_process()
@@ -254,7 +335,7 @@ def _run(plan: SwarmPlan, hosts: Hosts, tls: ssl.SSLContext, on_progress: OnProg
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(_stop_on_signal, stop)
-            report = await run_swarm(plan, hosts, tls, on_progress=on_progress, stop=stop)
+            report = await _run_both(plan, comms, hosts, tls, on_progress, stop)
             nursery.cancel_scope.cancel()
         return report
 
@@ -270,6 +351,42 @@ def _run(plan: SwarmPlan, hosts: Hosts, tls: ssl.SSLContext, on_progress: OnProg
     finally:
         if on_progress and sys.stderr.isatty():
             tell("")  # off the line that is written over
+
+
+async def _run_both(
+    plan: SwarmPlan | None,
+    comms: CommsPlan | None,
+    hosts: Hosts,
+    tls: ssl.SSLContext,
+    on_progress: OnProgress | None,
+    stop: Any,
+) -> dict[str, Any]:
+    """One report; with both kinds of agents that of the comms agents is its member ``comms``."""
+    import trio
+
+    reports: dict[str, dict[str, Any]] = {}
+
+    async def run_osquery(plan: SwarmPlan) -> None:
+        from osqbox.agent.swarm.run import run_swarm
+
+        reports["osquery"] = await run_swarm(plan, hosts, tls, on_progress=on_progress, stop=stop)
+
+    async def run_comms(plan: CommsPlan, show: OnProgress | None) -> None:
+        from osqbox.agent.swarm.comms import run_comms_swarm
+
+        reports["comms"] = await run_comms_swarm(plan, hosts, tls, on_progress=show, stop=stop)
+
+    async with trio.open_nursery() as nursery:
+        if plan is not None:
+            nursery.start_soon(run_osquery, plan)
+        if comms is not None:
+            nursery.start_soon(run_comms, comms, on_progress if plan is None else None)
+    if "osquery" not in reports:
+        return reports["comms"]
+    if "comms" not in reports:
+        return reports["osquery"]
+    theirs = reports["comms"]
+    return {**reports["osquery"], "comms": {**theirs.pop("comms"), "swarm": theirs}}
 
 
 async def _stop_on_signal(stop: Any, *, task_status: Any) -> None:
@@ -330,6 +447,20 @@ def _write(report: dict[str, Any], json_file: Path | None, html_file: Path | Non
         raise BadSetup(f"cannot write the report: {error}", hint="osqbox swarm ... --json -") from error
 
 
+def _comms_facts(comms: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if comms is None:
+        return []
+    events = f"{comms['stateless_acknowledged']} stateless and {comms['stateful_acknowledged']} stateful"
+    commands = "{commands_received} received, {commands_duplicate} twice, {commands_out_of_order}".format(**comms)
+    return [
+        ("comms", f"{comms['enrollments']} registered, {comms['logins']} logins, {comms['renewals']} of them renewals"),
+        ("events", f"{events} acknowledged, {comms['events_refused']} refused, {comms['events_dropped']} dropped"),
+        ("commands", f"{commands} out of order; {comms['results_sent']} results"),
+        ("streams", f"{comms['streams_open']} open, {comms['reconnects']} reconnects"),
+        *((f"  {count} x", kind) for kind, count in list(comms["errors"].items())[:10]),
+    ]  # fmt: skip
+
+
 def _print(report: dict[str, Any]) -> None:
     latency = (
         (f"{call} p50 p95 p99", " ".join(f"{values[p]:.1f}" for p in ("p50", "p95", "p99")) + " ms")
@@ -344,6 +475,7 @@ def _print(report: dict[str, Any]) -> None:
             *((f"  {count} x", kind) for kind, count in list(report["errors_by_kind"].items())[:10]),
             *latency,
             ("answers", f"{report['answers']} live queries, {report['log_lines']} log lines"),
+            *_comms_facts(report.get("comms")),
             ("memory", f"{report['rss_bytes_per_agent'] / 1000:.1f} kB per agent, {report['rss_bytes'] / 1e6:.0f} MB"),
             ("processor", f"{report['cpu_s']:.1f} s"),
             *(

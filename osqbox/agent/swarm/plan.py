@@ -215,7 +215,8 @@ class Threshold:
         return compared[self.operator]
 
 
-_CALLS = ("enroll", "config", "log", "read", "held", "write")
+_COMMS_CALLS = ("login", "stateless", "stateful", "commands", "upgrade")
+_CALLS = ("enroll", "config", "log", "read", "held", "write", *_COMMS_CALLS)
 _PERCENTILES = ("p50", "p95", "p99")
 _COUNTS = ("errors", "agents", "enrolled", "requests", "requests_per_s", "rss_bytes", "rss_bytes_per_agent", "cpu_s")
 _THRESHOLD = re.compile(r"\s*([a-z0-9_.]+)\s*(>=|<=|>|<)\s*(\d+(?:\.\d+)?)\s*")
