@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import trio
@@ -23,17 +23,22 @@ import trio
 from osqbox import __version__, audit, tenants
 from osqbox.certs import ensure_identity, revoked_serials
 from osqbox.clock import Clock, SystemClock, rfc3339
+from osqbox.comms.front import Comms, open_comms
+from osqbox.comms.protocol import SMALL_BYTES
+from osqbox.comms.sqlite import MIGRATIONS as COMMS_MIGRATIONS
 from osqbox.door import Door
 from osqbox.errors import BadSetup, Unsafe, UserError
 from osqbox.exchange import Peer
 from osqbox.feed import Feed
 from osqbox.flagfile import flagfile
+from osqbox.forward.tables import migrations as forward_migrations
 from osqbox.identity import Identity, Snapshot, snapshot
 from osqbox.jobs.access import caller_of
 from osqbox.jobs.errors import JobError
 from osqbox.jobs.front import JobsFront, jobs_limits
 from osqbox.jobs.login import migrations as login_migrations
 from osqbox.jobs.messages import Caller
+from osqbox.jobs.output import pieces
 from osqbox.jobs.routes import CertificateApi
 from osqbox.jobs.runner import JobRunner, open_runner
 from osqbox.jobs.tables import migrations as job_migrations
@@ -49,6 +54,7 @@ from osqbox.listen import (
     server_context,
 )
 from osqbox.operator.app import Parts, make_app
+from osqbox.operator.upgrades import is_upload
 from osqbox.osquery import nodes
 from osqbox.osquery.launcher import LauncherApi
 from osqbox.osquery.presence import Presence
@@ -65,6 +71,9 @@ from osqbox.shells.routes import ShellsApi
 from osqbox.shells.tables import migrations as shell_migrations
 from osqbox.store import Store, Tx, drops
 
+if TYPE_CHECKING:
+    from osqbox.forward.forwarding import Forwarding
+
 log = logging.getLogger(__name__)
 
 MIGRATIONS = (
@@ -74,7 +83,13 @@ MIGRATIONS = (
     login_migrations,
     job_migrations,
     shell_migrations,
+    *COMMS_MIGRATIONS,
+    forward_migrations,
 )
+COMMS_PING_S = 25.0
+"""Of agents' WebSockets: proxies cut what is silent for 29 to 60 s."""
+COMMS_SOCKET = "comms.sock"
+"""Beside the database."""
 IDENTITY_POLL_S = 0.5
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 ANYWHERE = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared, not bound
@@ -89,6 +104,11 @@ TLS_VERSIONS = {
 def new_id() -> str:
     """Identifies a node or a campaign; short enough to type."""
     return secrets.token_hex(6)
+
+
+def new_document_id() -> str:
+    """Identifies a command or a stateless event among those of all boxes that share an indexer."""
+    return secrets.token_hex(12)
 
 
 def new_key() -> str:
@@ -109,6 +129,8 @@ class Box:
     osquery: OsqueryApi
     job_runner: JobRunner | None
     broker: Broker | None
+    comms: Comms | None
+    forwarding: Forwarding | None
     token: str
     enroll_secret: str
     started_at: float
@@ -117,6 +139,9 @@ class Box:
     agents: Listener = field(init=False)
     operator: Listener = field(init=False)
     jobs: Listener | None = None
+    agent_comms: Listener | None = None
+    publishers: Listener | None = None
+    """The unix socket of the comms API."""
     tls_contexts: list[ssl.SSLContext] = field(default_factory=list)
     """Of the listeners with TLS: their certificates are rotated live."""
     refusals: Refusals = field(init=False)
@@ -135,7 +160,11 @@ class Box:
 
     @property
     def listeners(self) -> list[Listener]:
-        return [self.agents, self.operator, *([self.jobs] if self.jobs else [])]
+        return [
+            self.agents,
+            self.operator,
+            *(each for each in (self.jobs, self.agent_comms, self.publishers) if each is not None),
+        ]
 
     def close_ports(self) -> None:
         """Free the ports at once; a host process may go on for long without this box."""
@@ -194,6 +223,13 @@ class Box:
     def operator_url(self) -> str:
         return f"http://{_url_host(self.settings.operator_host)}:{self.operator.port}"
 
+    @property
+    def comms_socket(self) -> Path | None:
+        """Where publishers of the comms API connect to."""
+        if self.settings.comms is None:
+            return None
+        return self.settings.comms.socket or self.settings.data_dir / COMMS_SOCKET
+
     def ready(self) -> dict[str, Any]:
         """The ready object (the design's public surface); None is what does not run."""
         return {
@@ -203,9 +239,9 @@ class Box:
             "data": str(self.settings.data_dir),
             "agents": self.agents_url,
             "operator": self.operator_url,
-            "comms": None,
+            "comms": self.agent_comms and f"https://{_url_host(self.settings.host)}:{self.agent_comms.port}",
             "jobs": self.jobs and f"{_url_host(self.settings.host)}:{self.jobs.port}",
-            "comms_socket": None,
+            "comms_socket": _text(self.comms_socket),
             "token": self.token,
             "ca": _text(self.identity.ca),
             "client_cert": _text(self.identity.client_cert),
@@ -227,12 +263,16 @@ class Box:
                 "agents": msgspec.to_builtins(self.agents.statistics()),
                 "operator": msgspec.to_builtins(self.operator.statistics()),
                 **({"jobs": msgspec.to_builtins(self.jobs.statistics())} if self.jobs else {}),
+                **({"comms": msgspec.to_builtins(self.agent_comms.statistics())} if self.agent_comms else {}),
+                **({"comms_socket": msgspec.to_builtins(self.publishers.statistics())} if self.publishers else {}),
                 "store": msgspec.to_builtins(self.store.statistics()),
                 "feed": msgspec.to_builtins(self.feed.statistics()),
                 "presence": msgspec.to_builtins(self.presence.statistics()),
                 "osquery": self.osquery.statistics(),
                 **({"job_runner": msgspec.to_builtins(self.job_runner.statistics())} if self.job_runner else {}),
                 **({"shells": msgspec.to_builtins(self.broker.statistics())} if self.broker else {}),
+                **({"comms_api": self.comms.statistics()} if self.comms else {}),
+                **({"forwarding": msgspec.to_builtins(self.forwarding.statistics())} if self.forwarding else {}),
             },
             "drops": self.store.peek(drops),
             "limits": {
@@ -264,10 +304,12 @@ async def open_box(settings: Settings, *, clock: Clock | None = None) -> AsyncIt
     async with _open_store(settings, clock) as store:
         files = await load_config_files(store, settings.config_files)
         async with (
+            _open_forwarding(settings, clock, store) as forwarding,
             _open_job_runner(settings, clock, store) as job_runner,
             _open_broker(settings, clock, store) as broker,
+            _open_comms(settings, clock, store) as comms,
         ):
-            box = await _assemble(settings, clock, identity, store, job_runner, broker)
+            box = await _assemble(settings, clock, identity, store, job_runner, broker, comms, forwarding)
             upkeep = Upkeep(store, box.presence, box.osquery, clock, settings.retention, files)
             try:
                 async with _serving(box, upkeep):
@@ -331,6 +373,33 @@ async def _open_broker(settings: Settings, clock: Clock, store: Store) -> AsyncI
         yield broker
 
 
+@asynccontextmanager
+async def _open_forwarding(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Forwarding | None]:
+    """Around everything that records, so that it can forward what they write last."""
+    if not settings.forward:
+        yield None
+        return
+    from osqbox.forward.forwarding import open_forwarding
+
+    jobs = settings.data_dir / "jobs"
+    async with open_forwarding(
+        store, settings.forward, clock, read_output=lambda job, *place: pieces(jobs / job, *place)
+    ) as forwarding:
+        yield forwarding
+
+
+@asynccontextmanager
+async def _open_comms(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Comms | None]:
+    if settings.comms is None:
+        yield None
+        return
+    async with open_comms(
+        settings.comms, settings.retention, store, clock,
+        data_dir=settings.data_dir, certs_dir=settings.certs_dir, new_id=new_document_id,
+    ) as comms:  # fmt: skip
+        yield comms
+
+
 async def _assemble(
     settings: Settings,
     clock: Clock,
@@ -338,6 +407,8 @@ async def _assemble(
     store: Store,
     job_runner: JobRunner | None,
     broker: Broker | None,
+    comms: Comms | None,
+    forwarding: Forwarding | None,
 ) -> Box:
     """Everything bound and prepared, nothing serving yet."""
     secret = settings.enroll_secret or identity.enroll_secret()
@@ -349,8 +420,9 @@ async def _assemble(
     )
     token = settings.token or new_key()
     box = Box(
-        settings, clock, identity, store, store.feed, presence, osquery, job_runner, broker, token, secret, clock.now()
-    )
+        settings, clock, identity, store, store.feed, presence, osquery, job_runner, broker, comms, forwarding, token,
+        secret, clock.now(),
+    )  # fmt: skip
     box.agents = _agents_listener(box)
     box.operator = _operator_listener(box)
     try:
@@ -359,6 +431,11 @@ async def _assemble(
         if settings.jobs and job_runner:
             box.jobs = _jobs_listener(box, job_runner)
             await box.jobs.bind(settings.jobs.host, settings.jobs.port)
+        if settings.comms and comms and box.comms_socket:
+            box.agent_comms = _comms_listener(box, comms)
+            await box.agent_comms.bind(settings.host, settings.comms.port)
+            box.publishers = Listener("comms_socket", handler=comms.publishers)
+            box.publishers.bind_unix(box.comms_socket)
         _write_handouts(box)
     except BaseException:
         box.close_ports()
@@ -453,6 +530,32 @@ def _jobs_listener(box: Box, runner: JobRunner) -> Listener:
     )
 
 
+def _comms_listener(box: Box, comms: Comms) -> Listener:
+    identity = box.identity
+    context = server_context(
+        identity.server_cert,
+        identity.server_key,
+        client_ca_file=identity.client_ca,
+        client_auth=box.settings.client_auth,
+        minimum=ssl.TLSVersion.TLSv1_2,
+    )
+    box.tls_contexts.append(context)
+    return Listener(
+        "comms",
+        ssl_context=context,
+        handler=comms.api,
+        app=agents_asgi(comms.api, websocket_app=cast("ASGIApp", comms.api.websocket)),
+        limits=Limits(
+            websocket_message_bytes=SMALL_BYTES,
+            websocket_ping_s=COMMS_PING_S,
+            vanished_after_s=60,
+            unacknowledged_after_s=60,
+        ),
+        check_peer=box.why_refused,
+        on_refused_peer=partial(box.refusals.note, "comms"),
+    )
+
+
 def _caller(box: Box) -> Caller:
     """Whose certificate the current request came with; JobError, and a row in the audit, if it is nobody's."""
     peer = current_peer()
@@ -482,12 +585,13 @@ def _operator_listener(box: Box) -> Listener:
         shells=box.broker,
         record_shells=box.settings.shells is None or box.settings.shells.record,
         jobs=box.job_runner,
+        comms=box.comms,
         identity=box.identity,
     )
     limits = Limits(app_body_bytes=17 * MIB, websocket_message_bytes=VIEWER_FRAME_BYTES + KIB, vanished_after_s=30)
     # Hypercorn's own types name more kinds of messages than ASGI has; ours say only that they are mappings.
     # The app's own limit is lower, and answers in the API's words.
-    return Listener("operator", app=cast("ASGIApp", make_app(parts)), limits=limits)
+    return Listener("operator", app=cast("ASGIApp", make_app(parts)), limits=limits, streams_body=is_upload)
 
 
 def _write_handouts(box: Box) -> None:
@@ -514,8 +618,13 @@ async def _serving(box: Box, upkeep: Upkeep) -> AsyncIterator[None]:
             with trio.CancelScope(shield=True):
                 if box.broker:
                     await box.broker.stop()  # while there is still somebody to carry its goodbyes
+                if box.comms:
+                    box.comms.hub.stop()
                 async with trio.open_nursery() as draining:
                     for listener in box.listeners:
                         draining.start_soon(listener.drain)
-                await upkeep.flush()
+                try:
+                    await upkeep.flush()
+                except Exception:
+                    log.exception("the last sightings were not written")  # a full disk must not fail the end
             nursery.cancel_scope.cancel()

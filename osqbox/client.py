@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 from osqbox.errors import BadSetup, BadUsage, NotInTime, UserError
@@ -23,6 +23,13 @@ LINE_BYTES = 256 * 1024 * 1024
 """The longest line of a stream: one host's answer to a query."""
 COPY_BYTES = 256 * 1024
 CANNOT_GET_TO = "osqbox doctor"
+
+
+class _Upload(NamedTuple):
+    """A body that is read from a file while it is sent."""
+
+    file: BinaryIO
+    size_bytes: int
 
 
 def at(*words: str | int) -> str:
@@ -73,6 +80,10 @@ class Client:
     def put(self, path: str, body: Any, **params: Any) -> Any:
         """``body``: text goes as ``text/plain``, anything else as JSON."""
         return self._call("PUT", path, body, params)
+
+    def upload(self, path: str, file: BinaryIO, size_bytes: int, **params: Any) -> Any:
+        """PUT what is left to read of ``file``, which must be ``size_bytes``."""
+        return self._call("PUT", path, _Upload(file, size_bytes), params)
 
     def patch(self, path: str, body: Any, **params: Any) -> Any:
         return self._call("PATCH", path, body, params)
@@ -165,12 +176,15 @@ class Client:
         path = path if path.startswith("/") else API + path
         return f"{self._prefix}{path}" + (f"?{urlencode(pairs, errors='surrogateescape')}" if pairs else "")
 
-    def _payload(self, body: Any) -> tuple[bytes | None, dict[str, str]]:
+    def _payload(self, body: Any) -> tuple[bytes | BinaryIO | None, dict[str, str]]:
         headers = {"Accept-Encoding": "identity", "Connection": "close"}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         if body is None:
             return None, headers
+        if isinstance(body, _Upload):
+            length = {"Content-Length": str(body.size_bytes), "Content-Type": "application/octet-stream"}
+            return body.file, {**headers, **length}
         if isinstance(body, str):
             return body.encode(), {**headers, "Content-Type": "text/plain; charset=utf-8"}
         return json.dumps(body).encode(), {**headers, "Content-Type": "application/json"}

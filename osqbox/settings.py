@@ -6,7 +6,10 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from osqbox.forward.messages import SinkSpec
 
 MIB = 1024 * 1024
 
@@ -52,6 +55,11 @@ class Retention:
     audit_rows: int = 1_000_000
     campaigns: int = 10_000
     carve_bytes: int = 4096 * MIB
+    comms_events: int = 1_000_000
+    comms_commands: int = 200_000
+    """Ended ones."""
+    comms_batches_s: float = 86400.0
+    """How long a stateful request is recognised when it is sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,29 @@ class ShellSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CommsSettings:
+    """What the comms API is told."""
+
+    port: int = 27000
+    socket: Path | None = None
+    """Of publishers; None is ``comms.sock`` beside the database."""
+    hold_s: float = 60.0
+    """How long an empty long poll is held when it does not say."""
+    token_lifetime_s: int = 900
+    token_algorithm: str = "RS256"  # noqa: S105 - a name
+    """Or ES256."""
+    keys_dir: Path | None = None
+    """Of the keys that sign tokens, which several boxes may share; None is beside the certificates."""
+    engine_socket: Path | None = None
+    """Where stateless events go; None keeps them in the database."""
+    indexer_url: str | None = None
+    """Of an OpenSearch that several boxes may share; None is the database."""
+    indexer_ca: Path | None = None
+    indexer_auth_file: Path | None = None
+    """One line: ``user:password``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     data_dir: Path
     certs_dir: Path
@@ -115,8 +146,12 @@ class Settings:
     """The default tenant enrolls without a secret."""
     jobs: JobSettings | None = None
     """None: no job runner."""
+    comms: CommsSettings | None = None
+    """None: no comms API."""
     shells: ShellSettings | None = None
     """``serve --control``. None: no shell broker."""
+    forward: tuple[SinkSpec, ...] = ()
+    """Where what is recorded goes on to."""
     token: str | None = None
     """The operator token; None makes one."""
     ephemeral: bool = False

@@ -217,11 +217,13 @@ def secrets_of(db: sqlite3.Connection, tenant: str) -> list[Secret]:
 
 def find_secret(db: sqlite3.Connection, candidates: Sequence[str]) -> Secret | None:
     """The first candidate that is a known secret, whatever its state."""
-    for candidate in candidates:
-        row = db.execute(f"{_SECRET} WHERE digest = ?", (digest(candidate),)).fetchone()
-        if row:
-            return _secret(row)
-    return None
+    found = (find_secret_by_digest(db, digest(candidate)) for candidate in candidates)
+    return next((secret for secret in found if secret is not None), None)
+
+
+def find_secret_by_digest(db: sqlite3.Connection, secret_digest: bytes) -> Secret | None:
+    row = db.execute(f"{_SECRET} WHERE digest = ?", (secret_digest,)).fetchone()
+    return _secret(row) if row else None
 
 
 def why_unusable(secret: Secret, now: float) -> str | None:
@@ -237,5 +239,13 @@ def use_secret(tx: Tx, secret: Secret) -> None:
     """Count one enrollment."""
     tx.db.execute(
         "UPDATE tenants_secrets SET used = used + 1, uses_left = uses_left - 1 WHERE id = ?",
+        (secret.id,),
+    )
+
+
+def return_secret(tx: Tx, secret: Secret) -> None:
+    """Take back a `use_secret` from which no enrollment came."""
+    tx.db.execute(
+        "UPDATE tenants_secrets SET used = used - 1, uses_left = uses_left + 1 WHERE id = ?",
         (secret.id,),
     )

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-SYSTEMS = {"osquery", "shells", "comms", "jobs", "agent", "faults", "cassette", "conform", "operator"}
+SYSTEMS = {"osquery", "shells", "comms", "jobs", "forward", "agent", "faults", "cassette", "conform", "operator"}
 WINDOW = "operator"
 """The operator API shows the other systems: it calls their plain rooms."""
 WINDOW_FRAME = "operator/parts.py"
@@ -36,6 +36,23 @@ SHELLS = {
         )
     ),
     *(f"shells/{room}.py" for room in ("broker", "links", "session")),
+    *(f"forward/{room}.py" for room in ("delivery", "forwarding", "http", "sinks")),
+    *(
+        f"comms/{room}.py"
+        for room in (
+            "engine",
+            "front",
+            "hashing",
+            "hub",
+            "intake",
+            "login",
+            "opensearch/client",
+            "opensearch/journal",
+            "publisher",
+            "streams",
+            "upgrades",
+        )
+    ),
 }
 """The rooms of a server-side system that know the loop. Every other room there is plain functions."""
 LOOSE_SYSTEMS = {"agent", "operator"}

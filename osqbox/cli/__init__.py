@@ -29,6 +29,7 @@ VERBS = {
     "carves": "files carved from hosts",
     "yara": "YARA rules that hosts fetch",
     "tenants": "tenants and their enroll secrets",
+    "comms": "agents of the comms API: send commands, see events, configure, upgrade",
     "job": "run Linux processes: start, follow, stop, list",
     "shell": "a terminal on an agent: open, list, watch, replay, kill",
     "certs": "the CA and its certificates: show, issue, renew, revoke",

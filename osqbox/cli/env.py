@@ -19,6 +19,7 @@ _FROM_READY = {
     "OSQBOX_TOKEN": "token",
     "OSQBOX_AGENTS": "agents",
     "OSQBOX_COMMS": "comms",
+    "OSQBOX_COMMS_SOCKET": "comms_socket",
     "OSQBOX_JOBS": "jobs",
     "OSQBOX_CA_FILE": "ca",
     "OSQBOX_CLIENT_CERT": "client_cert",

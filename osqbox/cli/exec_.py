@@ -39,6 +39,7 @@ def command(cmd: tuple[str, ...], agents: int, **options: Any) -> int:
     options["agents_port"] = options["agents_port"] or 0
     options["operator_port"] = options["operator_port"] or 0
     options["jobs_port"] = options["jobs_port"] or 0
+    options["comms_port"] = options["comms_port"] or 0
     options["quiet"] = True
 
     async def body(box: Box, announce: Callable[[], None]) -> int:

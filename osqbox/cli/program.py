@@ -101,10 +101,15 @@ def _announce(box: Box, options: dict[str, Any], registration: Registration) -> 
     registration.update("ready", ready)
     for note in box.identity.notes:
         print(f"osqbox: {note}", file=sys.stderr)
-    if options["quiet"]:
-        return
-    if options["as_json"] or not sys.stdout.isatty():
-        print(json.dumps(ready if options["as_json"] else _without_secrets(ready)), flush=True)
+    if not options["quiet"]:
+        _print_ready(box, options["as_json"], ready)
+    if box.forwarding:
+        box.forwarding.begin_stdout()
+
+
+def _print_ready(box: Box, as_json: bool, ready: dict[str, Any]) -> None:
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(ready if as_json else _without_secrets(ready)), flush=True)
     else:
         print(as_called(banner(box)), flush=True)
 

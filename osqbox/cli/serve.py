@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from osqbox.cli.forward_options import forward_options, forward_sinks
 from osqbox.errors import BadSetup
 from osqbox.settings import Settings, default_certs_dir, default_data_dir
 
 if TYPE_CHECKING:
     from osqbox.cli.program import Body
-    from osqbox.settings import ShellSettings
+    from osqbox.settings import CommsSettings, ShellSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +33,24 @@ def serve_options(command: F) -> F:
         click.option("--operator-host", default="127.0.0.1", show_default=True, help="A loopback address."),
         click.option("--agents-port", type=click.IntRange(0, 65535), help="Default 8443; 0 takes any free port."),
         click.option("--operator-port", type=click.IntRange(0, 65535), help="Default 8080; 0 takes any free port."),
-        click.option("--comms-port", type=click.IntRange(0, 65535), help="Accepted for the listener to come."),
+        click.option("--comms-port", type=click.IntRange(0, 65535), help="Default 27000; any free port where 0, "
+                     "or where agents' and operator's ports are 0."),
+        click.option("--comms/--no-comms", "comms", default=True, help="The comms API for agents that send events "
+                     "and receive commands."),
+        click.option("--comms-socket", type=PATH, help="Where publishers of commands connect; default comms.sock "
+                     "beside the data."),
+        click.option("--comms-hold", type=click.FloatRange(0, 570), default=60.0, show_default=True, metavar="SECONDS",
+                     help="How long an empty poll for commands is held when it does not say."),
+        click.option("--comms-keys", type=PATH, help="Directory of the keys that sign agents' tokens, which boxes may "
+                     "share; default beside the certificates."),
+        click.option("--token-lifetime", type=click.IntRange(10, 86400), default=900, show_default=True,
+                     metavar="SECONDS", help="Of an agent's token."),
+        click.option("--token-algorithm", type=click.Choice(["RS256", "ES256"]), default="RS256", show_default=True),
+        click.option("--engine-socket", type=PATH, help="Send stateless events to the engine at this unix socket."),
+        click.option("--indexer-url", metavar="URL", help="Share agents, commands and states with other boxes in this "
+                     "OpenSearch."),
+        click.option("--indexer-ca", type=PATH, help="Its CA, when it is not publicly known."),
+        click.option("--indexer-auth-file", type=PATH, help="File with its user:password."),
         click.option("--jobs-port", type=click.IntRange(0, 65535), help="Default 9090; any free port where 0, "
                      "or where both other ports are 0."),
         click.option("--jobs/--no-jobs", "jobs", default=True, help="The job runner (gRPC with client certificates)."),
@@ -64,6 +82,7 @@ def serve_options(command: F) -> F:
         click.option("--json", "as_json", is_flag=True, help="Print the ready object as one JSON line."),
         click.option("-q", "--quiet", is_flag=True, help="Print nothing when ready."),
     ]  # fmt: skip
+    command = forward_options(command)
     for option in reversed(options):
         command = option(command)
     return command
@@ -96,13 +115,38 @@ def settings_from(options: dict[str, Any], data: Path, *, ephemeral: bool) -> Se
         config_files=tuple(path.absolute() for path in options["configs"]),
         enroll_secret=_secret(options),
         jobs=JobSettings(options["host"], port("jobs_port", 9090), options["jobs_user"]) if options["jobs"] else None,
+        comms=_comms(options, port("comms_port", 27000)),
         shells=_shells(options),
+        forward=forward_sinks(options),
         approve=options["approve"],
         open_tenant=options["open_enrollment"],
         cert_enrollment=options["cert_enrollment"],
         ephemeral=ephemeral,
         retention=Retention(log_lines=options["keep_log_lines"], log_bytes=options["keep_log_mib"] * MIB),
         bounds=Bounds(body_bytes=options["max_body_mib"] * MIB, decoded_bytes=2 * options["max_body_mib"] * MIB),
+    )
+
+
+def _comms(options: dict[str, Any], port: int) -> CommsSettings | None:
+    from osqbox.settings import CommsSettings
+
+    if not options["comms"]:
+        return None
+    paths = {
+        name: options[name] and options[name].absolute()
+        for name in ("comms_socket", "comms_keys", "engine_socket", "indexer_ca", "indexer_auth_file")
+    }
+    return CommsSettings(
+        port=port,
+        socket=paths["comms_socket"],
+        hold_s=options["comms_hold"],
+        token_lifetime_s=options["token_lifetime"],
+        token_algorithm=options["token_algorithm"],
+        keys_dir=paths["comms_keys"],
+        engine_socket=paths["engine_socket"],
+        indexer_url=options["indexer_url"],
+        indexer_ca=paths["indexer_ca"],
+        indexer_auth_file=paths["indexer_auth_file"],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -45,9 +45,18 @@ def _facts(info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, info[name]
     nodes = info["nodes"]
     yield "nodes", ", ".join(f"{number} {status}" for status, number in nodes.items()) or "none"
-    yield from _flat("", info.get("statistics") or {})
+    statistics = dict(info.get("statistics") or {})
+    yield from _forwarding(statistics.pop("forwarding", []))
+    yield from _flat("", statistics)
     dropped = [(name, number) for name, number in _flat("", info.get("drops") or {}) if number]
     yield "dropped", ", ".join(f"{number} {name}" for name, number in dropped) or "nothing"
+
+
+def _forwarding(sinks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for sink in sinks:
+        state = "up" if sink["up"] else f"down: {sink['last_error']}"
+        numbers = ", ".join(f"{sink[name]} {name.replace('_', ' ')}" for name in ("waiting", "forwarded", "dropped"))
+        yield f"forward {sink['sink']}", f"{numbers}, {sink['set_aside']} set aside, {state}"
 
 
 def _flat(prefix: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

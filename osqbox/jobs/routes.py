@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 import trio
 
+from osqbox.attempts import Attempts
 from osqbox.clock import Clock
 from osqbox.errors import BadSetup, BadUsage, Refused, UserError
 from osqbox.exchange import Peer, Request, Response
 from osqbox.store import Store
 
 from . import login
-from .login import Attempts, Token
+from .login import Token
 
 PATH = "/api/v1/certificates"
 BODY_BYTES = 32 * 1024

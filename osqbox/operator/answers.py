@@ -16,6 +16,7 @@ from quart import request
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
+from osqbox.comms.errors import CommsError
 from osqbox.errors import Refused, UserError
 from osqbox.jobs.errors import Code, JobError
 from osqbox.store import Store
@@ -106,6 +107,8 @@ async def explain(error: Exception) -> TrioResponse:
             return failed(Failure(error=str(error), reason="bad_config", problems=error.problems), 400)
         case JobError():
             return _explain_job_error(error)
+        case CommsError():
+            return _explain_comms_error(error)
         case UserError():
             return _explain_user_error(error)
         case HTTPException():
@@ -148,6 +151,13 @@ def _explain_job_error(error: JobError) -> TrioResponse:
     response = failed(failure, _JOB_STATUSES.get(error.code, 500))
     if error.retry_after_s:
         response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    return response
+
+
+def _explain_comms_error(error: CommsError) -> TrioResponse:
+    response = failed(Failure(error=error.message, reason=error.reason), error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
     return response
 
 

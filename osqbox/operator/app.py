@@ -11,12 +11,19 @@ from urllib.parse import unquote
 from quart import Blueprint
 from quart_trio import QuartTrio
 
+from osqbox.web import pages
+
 from . import (
+    agents,
     audit,
     campaigns,
     carves,
     certificates,
+    commands,
     configs,
+    configuration,
+    events,
+    groups,
     guard,
     info,
     jobs,
@@ -25,9 +32,12 @@ from . import (
     nodes,
     openapi,
     shells,
+    signing_keys,
+    states,
     stream,
     tenants,
     terminal,
+    upgrades,
     yara,
 )
 from .answers import explain
@@ -49,7 +59,11 @@ class _OperatorApp(QuartTrio):
             return
         if scope["type"] == "http" and b"%2f" in scope.get("raw_path", b"").lower():
             scope = {**scope, "path": one_piece(scope["raw_path"])}
-        await super().__call__(scope, receive, send)
+        if upgrades.is_upload(scope):
+            async with upgrades.received(self.parts, scope, receive) as (bodiless, rest):
+                await super().__call__(bodiless, rest, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def one_piece(raw_path: bytes) -> str:
@@ -70,7 +84,9 @@ def make_app(parts: Parts) -> QuartTrio:
     app.register_error_handler(Exception, explain)
     info.add_probes(app, parts)
     metrics.add(app, parts)
+    agents.add_enrollment(app, parts)
     app.register_blueprint(_api(app, parts), url_prefix=API)
+    app.register_blueprint(pages(parts))
     return app
 
 
@@ -79,4 +95,6 @@ def _api(app: QuartTrio, parts: Parts) -> Blueprint:
     info.add(routes, parts, app)
     for noun in (tenants, nodes, configs, campaigns, logs, carves, yara, shells, jobs, audit, certificates, stream):
         noun.add(routes, parts)
+    for of_comms in (agents, commands, configuration, events, groups, signing_keys, states, upgrades):
+        of_comms.add(routes, parts)
     return routes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -20,10 +20,19 @@ from osqbox.osquery.nodes import Selector
 from osqbox.shells.messages import BrokerStatistics
 
 from .operations import operation
-from .parts import Jobs, Parts
+from .parts import Comms, Jobs, Parts, Timing
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 STATUSES = ("active", "pending", "rejected")
+
+FORWARD_METRICS: tuple[tuple[str, Literal["counter", "gauge"], str], ...] = (
+    ("up", "gauge", "1 while a sink takes records."),
+    ("waiting", "gauge", "Records that a sink has not confirmed."),
+    ("lag_s", "gauge", "Age of the oldest of them in seconds."),
+    ("forwarded_total", "counter", "Records a sink has confirmed."),
+    ("dropped_total", "counter", "Records removed by retention before they were confirmed."),
+    ("set_aside_total", "counter", "Records a sink refused for what they are."),
+)
 
 Labels = Mapping[str, str]
 
@@ -51,11 +60,14 @@ def add(app: QuartTrio, parts: Parts) -> None:
     async def metrics() -> TrioResponse:
         """Everything counted, for Prometheus."""
         stored = await parts.store.read(_read)
-        metrics = [*_of_box(parts, stored), *_of_listeners(parts.info())]
+        info = parts.info()
+        metrics = [*_of_box(parts, stored), *_of_listeners(info), *_of_forwarding(info)]
         if parts.jobs is not None:
             metrics += _of_jobs(parts.jobs, await parts.store.read(_job_states))
         if parts.shells is not None:
             metrics += _of_shells(parts.shells.statistics())
+        if parts.comms is not None:
+            metrics += _of_comms(parts.comms)
         if parts.identity is not None:
             metrics += _of_certificates(await trio.to_thread.run_sync(expiries, parts.identity), parts.clock.now())
         return TrioResponse(render(metrics), content_type=TEXT)
@@ -126,6 +138,13 @@ def _of_box(parts: Parts, stored: _Stored) -> Iterator[Metric]:
     )
 
 
+def _of_forwarding(info: dict[str, Any]) -> Iterator[Metric]:
+    sinks = info["statistics"].get("forwarding")
+    for name, kind, text in FORWARD_METRICS if sinks else ():
+        yield Metric(f"osqbox_forward_{name}", kind, text, [({"sink": s["sink"]}, s[name.removesuffix("_total")])
+                                                            for s in sinks])  # fmt: skip
+
+
 def _job_states(db: sqlite3.Connection) -> dict[str, int]:
     return dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
 
@@ -149,6 +168,44 @@ def _of_jobs(jobs: Jobs, states: Mapping[str, int]) -> Iterator[Metric]:
     yield Metric("osqbox_jobs_refused_total", "counter", "Calls refused.", _by("reason", counted.refused))
     yield Metric("osqbox_jobs_removed_total", "counter", "Jobs removed by retention.", _one(counted.removed))
     yield Metric("osqbox_job_log_bytes", "gauge", "Output kept on disk.", _one(counted.log_bytes))
+
+
+def _of_comms(comms: Comms) -> Iterator[Metric]:
+    taken, seats, requests = comms.intake.statistics(), comms.hub.statistics(), comms.api.timings
+    answers = [
+        ({"operation": what, "status": str(status)}, count)
+        for what, timing in sorted(requests.items())
+        for status, count in sorted(timing.by_status.items())
+    ]
+    yield Metric("osqbox_comms_requests_total", "counter", "Requests of comms agents answered.", answers)
+    for name, kind, text, of in _COMMS_TIMES:
+        yield Metric(name, kind, text, _by("operation", {what: of(timing) for what, timing in requests.items()}))
+    yield Metric("osqbox_comms_refused_total", "counter", "Requests refused.", _by("reason", comms.api.refused))
+    for word in ("accepted", "delivered", "dropped"):
+        name = f"osqbox_comms_events_{word}_total"
+        yield Metric(name, "counter", f"Stateless events {word}.", _one(getattr(taken, word)))
+    yield Metric("osqbox_comms_events_waiting", "gauge", "Stateless events queued.", _one(taken.waiting))
+    yield Metric("osqbox_comms_events_refused_total", "counter", "Requests that found it full.", _one(taken.refused))
+    by_kind = {"stream": seats.streams, "poll": seats.polls}
+    yield Metric("osqbox_comms_listeners", "gauge", "Agents that wait for commands.", _by("kind", by_kind))
+    yield Metric("osqbox_comms_wakes_total", "counter", "Waiting agents woken.", _one(seats.wakes))
+    yield Metric("osqbox_comms_commands_sent_total", "counter", "Commands written.", _one(seats.delivered))
+    yield Metric(
+        "osqbox_comms_commands_resent_total", "counter", "Of them, not the first time.", _one(seats.redelivered)
+    )
+    yield Metric("osqbox_comms_streams_ended_total", "counter", "Streams and polls ended.", _by("reason", seats.ended))
+    yield Metric(
+        "osqbox_comms_indexer_up", "gauge", "1 while the indexer answers.", _one(comms.indexer.statistics()["up"])
+    )
+    yield Metric(
+        "osqbox_comms_upgrade_bytes_total", "counter", "Bytes of upgrades sent.", _one(comms.upgrades.sent_bytes)
+    )
+
+
+_COMMS_TIMES: tuple[tuple[str, Literal["counter", "gauge"], str, Callable[[Timing], float]], ...] = (
+    ("osqbox_comms_request_seconds_total", "counter", "Time until answers began.", lambda timing: timing.total_s),
+    ("osqbox_comms_request_seconds_max", "gauge", "The longest of them.", lambda timing: timing.max_s),
+)
 
 
 def _of_certificates(certificates: Iterable[Expiry], now: float) -> Iterator[Metric]:

@@ -72,8 +72,9 @@ class _Provider(OpenAPIProvider):
                 "description": "Nothing was done",
                 "content": {JSON: {"schema": failure}},
             }
-            if found.takes_text:
-                described["requestBody"] = {"required": True, "content": {"text/plain": {"schema": {"type": "string"}}}}
+            if found.takes_text or found.takes_octets:
+                kind = "text/plain" if found.takes_text else "application/octet-stream"
+                described["requestBody"] = {"required": True, "content": {kind: {"schema": {"type": "string"}}}}
             if found.is_open:
                 described["security"] = []
         return paths, components

@@ -48,6 +48,8 @@ class Operation:
     or_events: Any
     """Shape of an event, where the Accept header chooses between the two; else None."""
     takes_text: bool
+    takes_octets: bool
+    """The body is not the route's to read: see `upgrades`."""
     is_open: bool
     """Answered without a token."""
     takes_basic: bool = False
@@ -65,6 +67,7 @@ def operation(
     query: type[Query] | None = None,
     body: type[Body] | None = None,
     takes_text: bool = False,
+    takes_octets: bool = False,
     is_open: bool = False,
     takes_basic: bool = False,
     also: dict[int, Any] | None = None,
@@ -96,10 +99,18 @@ def operation(
         answers = {status: answer, **(also or {})}
         for code, shape in answers.items():
             document_response(shape, code)(run)
-        run.operation = Operation(dict.fromkeys(answers, media), or_json, or_events, takes_text, is_open, takes_basic)  # type: ignore[attr-defined]
+        run.operation = Operation(  # type: ignore[attr-defined]
+            dict.fromkeys(answers, media), or_json, or_events, takes_text, takes_octets, is_open, takes_basic
+        )
         return run
 
     return decorate
+
+
+def open_page(handler: Handler) -> Handler:
+    """A page: no part of the API, and answered without its token, for it asks for a cookie of its own."""
+    handler.operation = Operation({}, None, None, takes_text=False, takes_octets=False, is_open=True)  # type: ignore[attr-defined]
+    return handler
 
 
 def operation_of(handler: Any) -> Operation | None:

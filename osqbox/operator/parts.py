@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from osqbox.clock import Clock
+from osqbox.comms.front import Comms
+from osqbox.comms.routes import Timing
+from osqbox.errors import Refused
 from osqbox.feed import Feed
 from osqbox.identity import Identity
 from osqbox.jobs.messages import Caller, JobSpec, JobStatistics, OutputEvent, OutputRequest, Page, State, Status
@@ -17,6 +20,8 @@ from osqbox.osquery.routes import OsqueryApi
 from osqbox.shell_frames import Frame
 from osqbox.shells.messages import BrokerStatistics, Grant, Redeemed, Session, Ticket
 from osqbox.store import Store
+
+__all__ = ["OPERATOR", "Comms", "Jobs", "Parts", "Shells", "Stopping", "Timing", "Viewer"]
 
 OPERATOR = "operator"
 """Who the bearer of the box's token is, in the audit."""
@@ -130,5 +135,13 @@ class Parts:
     """Whether a session is recorded when its request does not say."""
     jobs: Jobs | None = None
     """None when the box runs no jobs."""
+    comms: Comms | None = None
+    """None when the box serves no comms API."""
     identity: Identity | None = None
     """Whose certificates the metrics count the days of."""
+
+    def served_comms(self) -> Comms:
+        """Raises Refused where there is none."""
+        if self.comms is None:
+            raise Refused("no_comms", "this box serves no comms API: it was started with --no-comms", status=404)
+        return self.comms

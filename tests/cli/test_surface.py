@@ -24,6 +24,7 @@ VERBS = (
         "audit",
         "carves",
         "certs",
+        "comms",
         "config",
         "demo",
         "doctor",

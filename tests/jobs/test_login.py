@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from osqbox import audit, tenants
+from osqbox.attempts import Attempts
 from osqbox.certs import ensure_identity, revoke
 from osqbox.clock import SystemClock
 from osqbox.door import Door
@@ -25,7 +26,7 @@ from osqbox.exchange import Peer, Request, Response
 from osqbox.feed import Feed
 from osqbox.jobs import login
 from osqbox.jobs.access import caller_of
-from osqbox.jobs.login import Attempts, Order
+from osqbox.jobs.login import Order
 from osqbox.jobs.routes import PATH, CertificateApi
 from osqbox.listen import Listener, server_context
 from osqbox.store import Store

@@ -12,12 +12,17 @@ from quart.testing.connections import WebsocketResponseError
 
 AUTHORIZED = {"Authorization": "Bearer a-token-of-tests"}
 OPEN = {"/livez", "/readyz"}
+BARE = {"/metrics", "/security/user/authenticate", "/agents"}
+"""Besides the API; the last two are where agents enroll that know no other path."""
 
 
 def rules(rig: Any) -> list[tuple[str, str]]:
-    """Every route with every method it knows."""
+    """Every route of the API with every method it knows."""
     return [
-        (method, re.sub(r"<[^>]+>", "1", rule.rule)) for rule in rig.app.url_map.iter_rules() for method in rule.methods
+        (method, re.sub(r"<[^>]+>", "1", rule.rule))
+        for rule in rig.app.url_map.iter_rules()
+        if not rule.endpoint.startswith("pages.")
+        for method in rule.methods
     ]
 
 
@@ -25,7 +30,7 @@ def test_every_route_but_the_probes_refuses_without_the_token(rig):
     async def test(box):
         walked = [each for each in rules(box) if each[1] not in OPEN]
         assert len(walked) > 40
-        assert all(path.startswith("/api/v1/") or path == "/metrics" for _, path in walked)
+        assert all(path.startswith("/api/v1/") or path in BARE for _, path in walked)
         for method, path in walked:
             answered = await box.ask(method, path, json=None if method in ("GET", "HEAD") else {})
             assert (method, path, answered.status) == (method, path, 401)
@@ -34,6 +39,19 @@ def test_every_route_but_the_probes_refuses_without_the_token(rig):
                 assert (answered.json["reason"], answered.json["hint"]) == ("unauthorized", "osqbox env")
         assert (await box.get("/api/v1/tenants")).json[0]["closed_at"] is None
         assert not box.stops
+
+    rig(test)
+
+
+def test_every_page_leads_a_stranger_to_the_sign_in(rig):
+    async def test(box):
+        open_pages = {"/sign-in", "/sign-out", "/static/style.css", "/static/icon.svg"}
+        found = [rule for rule in box.app.url_map.iter_rules() if rule.endpoint.startswith("pages.")]
+        walked = [(rule, method) for rule in found if rule.rule not in open_pages for method in rule.methods]
+        assert len(walked) > 15
+        for rule, method in walked:
+            answered = await box.ask(method, re.sub(r"<[^>]+>", "1", rule.rule), headers=AUTHORIZED)
+            assert (rule.rule, answered.status, answered.headers["Location"]) == (rule.rule, 303, "/sign-in")
 
     rig(test)
 
@@ -71,7 +89,7 @@ def test_the_scheme_is_case_insensitive_as_http_has_it(rig):
 
 def test_unknown_paths_tell_a_stranger_nothing(rig):
     async def test(box):
-        for path in ("/", "/nope", "/api/v1/nope", "/api/v1//info", "/static/x", "/docs", "/redocs", "/scalar"):
+        for path in ("/nope", "/api/v1/nope", "/api/v1//info", "/static/x", "/docs", "/redocs", "/scalar"):
             assert (await box.ask("GET", path)).status == 401
             assert (await box.ask("GET", path, headers=AUTHORIZED)).status == 404
 
