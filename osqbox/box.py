@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,6 +73,7 @@ from osqbox.store import Store, Tx, drops
 
 if TYPE_CHECKING:
     from osqbox.forward.forwarding import Forwarding
+    from osqbox.forward.messages import SinkSpec
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ COMMS_PING_S = 25.0
 """Of agents' WebSockets: proxies cut what is silent for 29 to 60 s."""
 COMMS_SOCKET = "comms.sock"
 """Beside the database."""
+EVENTS_INDEX_PREFIX = "osqbox"
+"""Of the index ``osqbox-events`` in the indexer, beside the indices of the fleet."""
 IDENTITY_POLL_S = 0.5
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 ANYWHERE = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared, not bound
@@ -338,6 +341,10 @@ def _check_exposure(settings: Settings) -> None:
             f"got {settings.operator_host!r}",
             hint="ssh -L 8080:127.0.0.1:8080 HOST, and leave --operator-host alone",
         )
+    if settings.comms and settings.comms.indexer_url is not None:
+        from osqbox.comms.opensearch.client import check_url
+
+        check_url(settings.comms.indexer_url, has_password=settings.comms.indexer_auth_file is not None)
 
 
 @asynccontextmanager
@@ -376,16 +383,35 @@ async def _open_broker(settings: Settings, clock: Clock, store: Store) -> AsyncI
 @asynccontextmanager
 async def _open_forwarding(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Forwarding | None]:
     """Around everything that records, so that it can forward what they write last."""
-    if not settings.forward:
+    sinks = [*settings.forward, *_indexer_sink(settings)]
+    if not sinks:
         yield None
         return
     from osqbox.forward.forwarding import open_forwarding
 
     jobs = settings.data_dir / "jobs"
     async with open_forwarding(
-        store, settings.forward, clock, read_output=lambda job, *place: pieces(jobs / job, *place)
+        store, sinks, clock, read_output=lambda job, *place: pieces(jobs / job, *place)
     ) as forwarding:
         yield forwarding
+
+
+def _indexer_sink(settings: Settings) -> Iterator[SinkSpec]:
+    """Stateless events that the box keeps go on into the indexer, too, unless ``--forward`` takes them there."""
+    comms = settings.comms
+    if comms is None or comms.indexer_url is None or comms.engine_socket is not None:
+        return
+    from osqbox.forward.messages import SourceName, parse_sink
+
+    sink = parse_sink(
+        f"opensearch+{comms.indexer_url.rstrip('/')}/{EVENTS_INDEX_PREFIX}",
+        directory=settings.data_dir,
+        sources=[SourceName.EVENTS],
+        ca_file=comms.indexer_ca,
+        auth_file=comms.indexer_auth_file,
+    )
+    if all(sink.name != each.name for each in settings.forward):
+        yield sink
 
 
 @asynccontextmanager

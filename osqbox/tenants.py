@@ -154,6 +154,11 @@ def find(db: sqlite3.Connection, name: str) -> Tenant | None:
     return _tenant(row) if row else None
 
 
+def is_closed(db: sqlite3.Connection, name: str) -> bool:
+    """Also false for a tenant that there is not."""
+    return db.execute("SELECT 1 FROM tenants WHERE name = ? AND closed_at IS NOT NULL", (name,)).fetchone() is not None
+
+
 def _tenant(row: Sequence[Any]) -> Tenant:
     return Tenant(row[0], msgspec.json.decode(row[1], type=TenantOptions), row[2], row[3])
 

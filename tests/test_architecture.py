@@ -108,6 +108,8 @@ MAY_OPEN_SQLITE = {
 }
 IN_MEMORY = ":memory:"
 
+BEHIND_THEIR_BACK = ("indexer.agents.add", "indexer.agents.change", "indexer.groups.put", "indexer.commands.publish")
+
 MAY_IMPORT_BOX = {"cli", "testing", "__main__.py"}
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "Lock", "RLock", "local"}
 
@@ -259,6 +261,14 @@ def modules_hold_no_state(modules: list[Module]) -> Iterator[str]:
             yield module.at(line, f"{name} is module-level state; keep it in an object that somebody owns")
 
 
+def agents_are_told_of_their_changes(modules: list[Module]) -> Iterator[str]:
+    for module in modules:
+        if module.room in {WINDOW, "web"}:
+            for line, called, _ in module.calls:
+                if called.endswith(BEHIND_THEIR_BACK):
+                    yield module.at(line, f"{called} tells no agent; `Comms` has a method that does")
+
+
 Law = Callable[[list[Module]], Iterator[str]]
 LAWS: list[Law] = [
     systems_never_import_each_other,
@@ -267,6 +277,7 @@ LAWS: list[Law] = [
     only_the_store_opens_sqlite,
     nobody_imports_the_box,
     modules_hold_no_state,
+    agents_are_told_of_their_changes,
 ]
 
 
@@ -314,6 +325,8 @@ BREACHES = [
     (only_the_store_opens_sqlite, "agent/sql/connection.py", "import apsw\napsw.Connection(path)"),
     (nobody_imports_the_box, "listen/accept.py", "from .. import box"),
     (nobody_imports_the_box, "operator/app.py", "def f():\n from osqbox.box import Box"),
+    (agents_are_told_of_their_changes, "web/x.py", "comms.indexer.agents.change(uuid)"),
+    (agents_are_told_of_their_changes, "operator/x.py", "parts.served_comms().indexer.groups.put(name)"),
     (modules_hold_no_state, "feed.py", "subscribers = []"),
     (modules_hold_no_state, "feed.py", "_cache: dict[str, int] = {}"),
     (modules_hold_no_state, "feed.py", "import collections\nwaiting = collections.deque()"),

@@ -25,7 +25,8 @@ writes it. Times are seconds since the epoch. Tables are prefixed by the system 
 
 Retention drops what is beyond its bounds, oldest first, and counts it in `store_drops`: log lines
 (`serve --keep-log-lines` and `--keep-log-mib`, 30 days), events (100,000), audit rows (1,000,000), ended campaigns
-(10,000), carves (4 GiB in all).
+(10,000), carves (4 GiB in all), events of comms agents (1,000,000, and 4 GiB in all), their ended commands (200,000)
+and the answers to their requests (24 hours).
 """
 
 

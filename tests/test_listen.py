@@ -994,6 +994,24 @@ def test_drain_works_before_run_and_twice() -> None:
     run(scenario)
 
 
+def test_stopping_while_connections_come_in_is_orderly() -> None:
+    """Of two tasks that wake in the same round either may run first: thirty rounds see both."""
+
+    async def scenario() -> None:
+        for _ in range(30):
+            listener = Listener("agents", handler=Recorder())
+            await listener.bind("127.0.0.1", 0)
+            with trio.fail_after(5):
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(listener.run)
+                    await trio.testing.wait_all_tasks_blocked()
+                    with socket.create_connection(("127.0.0.1", listener.port)):
+                        await trio.lowlevel.checkpoint()
+                        listener.stop_accepting()
+
+    run(scenario)
+
+
 def test_cancelling_run_closes_everything(pki: Pki) -> None:
     async def scenario() -> None:
         listener = Served("agents", ssl_context=pki.server(), handler=Recorder())

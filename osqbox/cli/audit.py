@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import count, json_option, print_json, print_json_line, printable, quiet_pipe, tell
+from osqbox.cli.output import count, json_option, moment, print_json, print_json_line, printable, quiet_pipe, tell
 from osqbox.errors import BadUsage, VerdictFailed
 
 ROWS = 50
@@ -64,7 +64,7 @@ def _verify(box: Where, as_json: bool) -> None:
 
 
 def _as_text(row: dict[str, Any]) -> str:
-    at = str(row["at"])[:19].replace("T", " ")
+    at = moment(row["at"])
     serial = f"  serial {row['serial']}" if row["serial"] else ""
     address = f"  from {row['address']}" if row["address"] else ""
     facts = " ".join(f"{name}={value if isinstance(value, str) else _json(value)}" for name, value in _told(row))

@@ -13,10 +13,11 @@ def command() -> None:
 
     \b
     Examples:
+      osqbox comms config set web web.yml
       osqbox comms agents add web-1 --group web
       osqbox comms send web-1 restart --wait
+      osqbox comms upgrades add agent-2.wpk
       osqbox comms send --group web upgrade file_name=agent-2.wpk
-      osqbox comms config set web web.yml
       osqbox comms events -f
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import Listing, ago, json_option, print_facts, print_json, print_table, quiet_pipe, tell
+from osqbox.cli.output import Listing, ago, json_option, moment, print_facts, print_json, print_table, quiet_pipe, tell
 from osqbox.client import Client, at
 from osqbox.errors import BadUsage
 
@@ -201,22 +201,21 @@ def _print_keys(found: list[dict[str, Any]], as_json: bool) -> None:
     print_table(
         ("KID", "ALGORITHM", "MADE", "SIGNS", "FILE"),
         [
-            (key["kid"], key["algorithm"], _moment(key.get("made_at")), "*" if key.get("signs") else "", key["file"])
+            (key["kid"], key["algorithm"], moment(key.get("made_at")), "*" if key.get("signs") else "", key["file"])
             for key in found
         ],
         empty="no keys",
     )
 
 
-def _moment(at: str | None) -> str:
-    return (at or "")[:19].replace("T", " ")
-
-
 @keys.command()
 @json_option
 @box_options
 def rotate(box: Where, as_json: bool) -> None:
-    """Sign with a new key from now on; tokens of the older ones stay good until those are removed."""
+    """Sign with a new key from now on.
+
+    Tokens of the older ones stay good until those are removed.
+    """
     _print_keys(box.client.post("comms/keys"), as_json)
 
 

@@ -9,7 +9,7 @@ import click
 
 from osqbox.cli.comms_agents import tenant_option
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import Listing, json_option, print_json, print_table, printable, quiet_pipe, tell
+from osqbox.cli.output import Listing, json_option, moment, print_json, print_table, printable, quiet_pipe, tell
 from osqbox.client import at
 from osqbox.errors import BadSetup, BadUsage
 
@@ -41,7 +41,7 @@ def _print_groups(found: list[dict[str, Any]]) -> None:
             (
                 group["name"],
                 group["version"],
-                (group.get("changed_at") or "never")[:19].replace("T", " "),
+                moment(group.get("changed_at"), "never"),
                 group.get("changed_by"),
                 (group.get("sha256") or "")[:12],
             )
@@ -92,9 +92,9 @@ def _print_text(text: str) -> None:
 @json_option
 @box_options
 def set_configuration(group: str, file: BinaryIO, expect: int | None, tenant: str, box: Where, as_json: bool) -> None:
-    """Give a group the configuration in FILE (- for stdin), which is YAML, and tell its agents.
+    """Make a group, or change its configuration.
 
-    A group that is not there is made.
+    FILE (- for stdin) is YAML. The group's agents are told.
     """
     raw, name = file.read(CONFIGURATION_BYTES + 1), getattr(file, "name", "stdin")
     if len(raw) > CONFIGURATION_BYTES:
@@ -117,7 +117,7 @@ def set_configuration(group: str, file: BinaryIO, expect: int | None, tenant: st
 @json_option
 @box_options
 def versions(group: str, tenant: str, box: Where, as_json: bool) -> None:
-    """List the kept versions of a group's configuration, the newest first."""
+    """List what a group's configuration was, newest first."""
     found = box.client.get(at("groups", group, "versions"), tenant=tenant)
     with quiet_pipe():
         if as_json:

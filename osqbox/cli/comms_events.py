@@ -8,7 +8,7 @@ import click
 
 from osqbox.cli.comms_agents import tenant_option, uuid_of
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import json_option, print_json, print_json_line, print_table, printable, quiet_pipe, tell
+from osqbox.cli.output import json_option, moment, print_json, print_json_line, print_table, printable, quiet_pipe, tell
 
 EVENTS = 20
 DATA_CHARS = 200
@@ -34,7 +34,9 @@ def events(box: Where, as_json: bool, follow: bool, agent: str | None, tenant: s
     uuid = uuid_of(client, agent, tenant) if agent else None
     with quiet_pipe():
         try:
+            is_empty = True
             for event in client.lines("events.ndjson", agent=uuid, tenant=tenant, follow=follow or None, **which):
+                is_empty = False
                 if as_json:
                     print_json_line(event)
                 else:
@@ -43,12 +45,14 @@ def events(box: Where, as_json: bool, follow: bool, agent: str | None, tenant: s
             raise click.exceptions.Exit(130) from None
         if follow:
             tell("the box has stopped")
+        elif is_empty and not as_json:
+            is_narrowed = agent or any(which[name] for name in ("module", "text", "after"))
+            tell("no events fit" if is_narrowed else "no events yet")
 
 
 def _as_text(event: dict[str, Any]) -> str:
-    at = str(event["received_at"])[:19].replace("T", " ")
     place = "/".join(printable(event[name]) for name in ("module", "collector") if event.get(name))
-    return f"{at}  {printable(event['agent'])}  {place}  {_short(event['data'])}"
+    return f"{moment(event['received_at'])}  {printable(event['agent'])}  {place}  {_short(event['data'])}"
 
 
 def _short(data: Any) -> str:
@@ -84,5 +88,11 @@ def states(box: Where, as_json: bool, agent: str | None, tenant: str, **which: A
 
 
 def _state_row(state: dict[str, Any]) -> tuple[Any, ...]:
-    changed = str(state["changed_at"])[:19].replace("T", " ")
-    return state["index"], state["id"], state["agent"], state["version"], changed, _short(state["data"])
+    return (
+        state["index"],
+        state["id"],
+        state["agent"],
+        state["version"],
+        moment(state["changed_at"]),
+        _short(state["data"]),
+    )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
-from typing import BinaryIO
 
 import click
 
 from osqbox.cli.comms_agents import tenant_option
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import Listing, json_option, print_json, print_table, quiet_pipe, tell
+from osqbox.cli.output import Listing, json_option, moment, print_json, print_table, quiet_pipe, tell
 from osqbox.client import at
 from osqbox.errors import BadSetup, UserError
 
@@ -37,10 +35,7 @@ def list_upgrades(tenant: str, box: Where, as_json: bool) -> None:
             return
         print_table(
             ("NAME", "BYTES", "SHA-256", "ADDED"),
-            [
-                (each["name"], each["size_bytes"], each["sha256"], each["added_at"][:19].replace("T", " "))
-                for each in found
-            ],
+            [(each["name"], each["size_bytes"], each["sha256"], moment(each["added_at"])) for each in found],
             empty="no files; add one with: osqbox comms upgrades add FILE",
         )
 
@@ -57,8 +52,10 @@ def add(file: Path, name: str | None, tenant: str, box: Where, as_json: bool) ->
     The box's SHA-256 of it is compared with that of FILE.
     """
     try:
+        if not file.is_file() and file.exists():
+            raise BadSetup(f"{file}: expected a regular file")
         with file.open("rb") as source:
-            size_bytes = _size_of(source, file)
+            size_bytes = os.fstat(source.fileno()).st_size
             sha256 = hashlib.file_digest(source, "sha256").hexdigest()
             source.seek(0)
             done = box.client.upload(at("upgrades", name or file.name), source, size_bytes, tenant=tenant)
@@ -72,19 +69,15 @@ def add(file: Path, name: str | None, tenant: str, box: Where, as_json: bool) ->
         tell(f"{done['name']}: {size_bytes} bytes, SHA-256 {sha256}")
 
 
-def _size_of(source: BinaryIO, file: Path) -> int:
-    facts = os.fstat(source.fileno())
-    if not stat.S_ISREG(facts.st_mode):
-        raise BadSetup(f"{file}: expected a regular file")
-    return facts.st_size
-
-
 @upgrades.command()
 @_NAMES
 @tenant_option
 @box_options
 def rm(names: tuple[str, ...], tenant: str, box: Where) -> None:
-    """Delete files; a download under way ends with the bytes it began with."""
+    """Delete files.
+
+    A download under way ends with the bytes it began with.
+    """
     client = box.client
     for name in names:
         client.delete(at("upgrades", name), tenant=tenant)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import Listing, json_option, print_json, print_table, printable, quiet_pipe, tell
+from osqbox.cli.output import Listing, json_option, moment, print_json, print_table, printable, quiet_pipe, tell
 from osqbox.client import at
 from osqbox.errors import BadSetup, BadUsage
 
@@ -48,7 +48,7 @@ def list_sources(box: Where, as_json: bool) -> None:
                 "removed" if source.get("removed") else source["origin"],
                 _audience(source["target"]),
                 source["priority"],
-                _moment(source["changed_at"]),
+                moment(source["changed_at"]),
                 source.get("note"),
             )
             for source in sources
@@ -59,10 +59,6 @@ def list_sources(box: Where, as_json: bool) -> None:
 
 def _audience(target: Mapping[str, Any]) -> str:
     return "; ".join(f"{kind} {', '.join(target[kind])}" for kind in KINDS if target.get(kind)) or "everybody"
-
-
-def _moment(at: str) -> str:
-    return at[:19].replace("T", " ")
 
 
 @command.command()
@@ -100,7 +96,7 @@ def versions(name: str, box: Where, as_json: bool) -> None:
                 (
                     each["version"],
                     "*" if each["current"] else "",
-                    _moment(each["changed_at"]),
+                    moment(each["changed_at"]),
                     "nobody (removed)" if each["content"] is None else _audience(each["target"]),
                     each["priority"],
                     each["note"],

@@ -64,7 +64,9 @@ def _tell_what_to_try() -> None:
         ("this machine is enrolled", 'osqbox query "select pid, name from processes limit 5"'),
         ("a shell on it", f"osqbox shell {machine_hostname()}"),
         ("a job that runs", "osqbox job list"),
-        ("two comms agents", "osqbox comms send ubuntu-0000 fetch-config --wait"),
+        ("two comms agents", "osqbox comms agents"),
+        ("a command to one", "osqbox comms send ubuntu-0000 fetch-config --wait"),
+        ("what they say", "osqbox comms events -f"),
     ):
         print(as_called(f"{what + ':':<26} {line}"))
 

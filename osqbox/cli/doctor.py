@@ -25,7 +25,7 @@ from osqbox.cli.output import json_option, print_json, printable
 from osqbox.errors import UserError
 from osqbox.settings import MIB, default_certs_dir, default_data_dir
 
-PORTS = {"agents": 8443, "operator": 8080}
+PORTS = {"agents": 8443, "operator": 8080, "comms": 27000}
 FREE_WARN_BYTES = 1024 * MIB
 FREE_FAIL_BYTES = 64 * MIB
 FILES_WANTED = 4096
@@ -220,6 +220,8 @@ def _box(box: running.RunningBox, now: float) -> Iterator[Check]:
     yield Check(name, "ok", f"ready, data in {box.data}")
     yield _operator(f"{name} operator", box.ready, f"kill {box.pid}, then osqbox serve --data {box.data}")
     yield shake_hands(f"{name} agents", box.ready, now)
+    if box.ready.get("comms"):
+        yield shake_hands(f"{name} comms", box.ready, now, "comms")
 
 
 def _named(url: str, now: float) -> Iterator[Check]:
@@ -241,9 +243,9 @@ def _operator(name: str, ready: dict[str, Any], hint: str) -> Check:
     return Check(name, "ok", f"{ready['operator']} answers and takes the token")
 
 
-def shake_hands(name: str, ready: dict[str, Any], now: float) -> Check:
+def shake_hands(name: str, ready: dict[str, Any], now: float, listener: str = "agents") -> Check:
     """Connect as osqueryd would: by name, trusting only the box's CA, with osqueryd's ciphers."""
-    url = urlsplit(ready["agents"])
+    url = urlsplit(ready[listener])
     host, port = url.hostname or "localhost", url.port or 443
     try:
         context = _agent_context(ready)
@@ -257,7 +259,7 @@ def shake_hands(name: str, ready: dict[str, Any], now: float) -> Check:
         return _diagnose(name, error, ready, host, port)
     if skew_s is not None and abs(skew_s) > CLOCK_SKEW_S:
         return Check(name, "warn", f"the box's clock differs by {skew_s:.0f} s", "timedatectl status")
-    return Check(name, "ok", f"{ready['agents']} is trusted: {spoken}")
+    return Check(name, "ok", f"{ready[listener]} is trusted: {spoken}")
 
 
 def _agent_context(ready: dict[str, Any]) -> ssl.SSLContext:

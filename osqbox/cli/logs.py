@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import Listing, count, json_option, print_json_line, printable, quiet_pipe, tell
+from osqbox.cli.output import Listing, count, json_option, moment, print_json_line, printable, quiet_pipe, tell
 from osqbox.errors import BadSetup
 
 LINES = 20
@@ -54,7 +54,7 @@ def list_logs(box: Where, type_: str | None, follow: bool, as_json: bool, **whic
 
 def _as_text(entry: dict[str, Any]) -> str:
     line = entry["line"] if isinstance(entry["line"], dict) else {}
-    at = str(entry["received_at"])[:19].replace("T", " ")
+    at = moment(entry["received_at"])
     host = line.get("hostIdentifier") or entry["node"]
     return f"{at}  {printable(host)}  {_status_text(line) if entry['log_type'] == 'status' else _result_text(line)}"
 

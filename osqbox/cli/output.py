@@ -123,6 +123,11 @@ def ago(moment: str | None, now: float) -> str:
     return f"{span(age_s)} ago"
 
 
+def moment(at: str | None, otherwise: str = "") -> str:
+    """An RFC 3339 time as ``2026-01-31 12:00:00``, in UTC as it was; ``otherwise`` where the box did not tell one."""
+    return at[:19].replace("T", " ") if at else otherwise
+
+
 def span(seconds: float) -> str:
     """``5400`` as ``1 h``: the largest unit that fits."""
     size, unit = next((each for each in _AGES if seconds >= each[0]), _AGES[-1])

@@ -129,6 +129,10 @@ def _jobs_line(box: Box) -> str:
     return f"\n  jobs          {box.ready()['jobs']}   {able}"
 
 
+def _comms_line(ready: dict[str, Any]) -> str:
+    return f"\n  comms         {ready['comms']}   osqbox comms --help" if ready["comms"] else ""
+
+
 def banner(box: Box) -> str:
     """The first screen: where everything is, and lines to paste."""
     ready = box.ready()
@@ -137,7 +141,7 @@ def banner(box: Box) -> str:
     base = f"{ready['agents']}/api/v1/osquery"
     return f"""osqbox {__version__}  ready in {box.clock.now() - box.started_at:.2f} s
   osquery TLS   {ready["agents"]}   CA {ready["ca"]}
-  operator      {ready["operator"]}{_jobs_line(box)}
+  pages, API    {ready["operator"]}   OSQBOX_TOKEN of `osqbox env` signs in{_comms_line(ready)}{_jobs_line(box)}
   data          {kept}
 try it:
   real osquery  osqueryd --flagfile {ready["flagfile"]}

@@ -47,9 +47,17 @@ def _facts(info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "nodes", ", ".join(f"{number} {status}" for status, number in nodes.items()) or "none"
     statistics = dict(info.get("statistics") or {})
     yield from _forwarding(statistics.pop("forwarding", []))
+    yield from _indexer((statistics.get("comms_api") or {}).get("indexer") or {})
     yield from _flat("", statistics)
     dropped = [(name, number) for name, number in _flat("", info.get("drops") or {}) if number]
     yield "dropped", ", ".join(f"{number} {name}" for name, number in dropped) or "nothing"
+
+
+def _indexer(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The one that boxes share."""
+    if "url" in facts:
+        state = "up" if facts["up"] else f"down: {facts['problem']}"
+        yield "indexer", f"{facts['url']}, {state}; {facts['down_s']:.0f} s down in all"
 
 
 def _forwarding(sinks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

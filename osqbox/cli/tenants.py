@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import F, Listing, json_option, print_facts, print_json, print_table, tell
+from osqbox.cli.output import F, Listing, json_option, moment, print_facts, print_json, print_table, tell
 from osqbox.client import at
 from osqbox.errors import BadUsage
 
@@ -145,7 +145,7 @@ def secrets(tenant: str, box: Where, as_json: bool) -> None:
                 secret["id"],
                 secret["label"],
                 secret["tags"],
-                (secret["expires_at"] or "never")[:19].replace("T", " "),
+                moment(secret["expires_at"], "never"),
                 "any" if secret["uses_left"] is None else secret["uses_left"],
                 secret["used"],
             )

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import click
 
 from osqbox.cli.find import Where, box_options
-from osqbox.cli.output import Listing, json_option, print_json, print_table, tell
+from osqbox.cli.output import Listing, json_option, moment, print_json, print_table, tell
 from osqbox.client import at
 from osqbox.errors import BadSetup, BadUsage
 
@@ -38,7 +38,7 @@ def list_rules(box: Where, as_json: bool) -> None:
                 rule["tenant"],
                 "yes" if rule["public"] else "no",
                 rule["bytes"],
-                rule["updated_at"][:19].replace("T", " "),
+                moment(rule["updated_at"]),
             )
             for rule in rules
         ],

@@ -408,8 +408,8 @@ def _claims(places: Sequence[_Place]) -> tuple[str, ...]:
     claims: dict[str, None] = {}
     for place in places:
         agent = place.value.get("agent")
-        told = agent.get("id") if isinstance(agent, dict) else agent
-        for claim in (told, place.value.get("uuid"), place.value.get("UUID")):
+        told = [agent.get("id"), agent.get("uuid")] if isinstance(agent, dict) else [agent]
+        for claim in (*told, *(place.value.get(word) for word in ("agent.id", "uuid", "UUID"))):
             if isinstance(claim, str):
                 claims[claim] = None
             elif claim is not None:

@@ -16,12 +16,12 @@ import msgspec
 
 from .errors import CommsError, bad_request
 from .messages import Group, Json
+from .protocol import CONFIGURATION_BYTES
 
 VALUES_MAX = 100_000
 """In one configuration, aliases spelt out."""
 DEPTH_MAX = 32
 NUMBER_MAX = 2**63 - 1
-TEXT_MAX_BYTES = 1024 * 1024
 FILE_SUFFIX = ".yml"
 
 
@@ -38,15 +38,15 @@ def read(text: str) -> dict[str, Json]:
     """A group's configuration as JSON knows it; nothing is an empty one. Raises CommsError 400 with line and column."""
     import yaml
 
-    if len(text.encode("utf-8", "surrogateescape")) > TEXT_MAX_BYTES:
-        raise CommsError(413, "body_too_large", f"configuration: expected at most {TEXT_MAX_BYTES} bytes of YAML")
+    if len(text.encode("utf-8", "surrogateescape")) > CONFIGURATION_BYTES:
+        raise CommsError(413, "body_too_large", f"configuration: expected at most {CONFIGURATION_BYTES} bytes of YAML")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         found = yaml.load(text, Loader=loader)  # noqa: S506 - it is a safe one
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise _bad(f"expected YAML, got {error.problem}{where}") from None
+        raise _bad(f"expected YAML: {error.problem}{where}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _bad(f"expected YAML: {error}") from None
     if found is None:

@@ -6,9 +6,10 @@ stop: streams told goodbye ─▶ (the listeners drain) ─▶ the intake draine
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from osqbox.errors import BadSetup
 from osqbox.settings import CommsSettings, Retention
 from osqbox.store import Store
 
-from . import configuration
+from . import configuration, registration
 from .engine import SocketEngine, StandIn
-from .errors import conflict, not_found
+from .errors import not_found
 from .hashing import Hasher
 from .hub import Hub, HubBounds
 from .intake import Intake
 from .keys import DIRECTORY, SigningKeys
 from .login import Login
-from .messages import Action, Change, Group
-from .publication import Order, Publication
+from .messages import Action, Agent, AgentStatus, Change, Command, Group
+from .publication import FETCH_CONFIG, SET_GROUP, Order, Publication
 from .publisher import Publisher
 from .registration import Enrollment
 from .routes import CommsApi, PublishersApi
@@ -45,7 +46,7 @@ DRAIN_S = 2.0
 """For events that are queued when the box stops."""
 FLUSH_S = 1.0
 """For writing when agents were last heard of."""
-FETCH_CONFIG = "fetch-config"
+NAMES_AT_ONCE = 1000
 UPGRADES = "upgrades"
 """Beside the database."""
 
@@ -56,7 +57,6 @@ class Comms:
 
     store: Store
     clock: Clock
-    settings: CommsSettings
     new_id: Callable[[], str]
     indexer: Indexer
     events: Events
@@ -78,31 +78,89 @@ class Comms:
     def __post_init__(self) -> None:
         self.api, self.publishers = CommsApi(self), PublishersApi(self)
 
+    async def agent(self, tenant: str, word: str) -> Agent:
+        """The tenant's agent of that UUID, else of that name. Raises CommsError 404."""
+        agents = self.indexer.agents
+        found = await agents.find(word)
+        if found is not None and found.tenant == tenant:
+            return found
+        after = ""
+        while named := await agents.page(tenant=tenant, text=word, after=after, limit=NAMES_AT_ONCE):
+            for agent in named:
+                if agent.name == word:
+                    return agent
+            after = named[-1].uuid
+        raise not_found(f"Agent {word[:80]!r}")
+
+    async def group(self, tenant: str, name: str) -> Group:
+        """Raises CommsError 404."""
+        if (found := await self.indexer.groups.find(tenant, name)) is None:
+            raise not_found(f"Group {name[:80]!r}")
+        return found
+
+    async def command(self, tenant: str, id: str) -> Command:
+        """Raises CommsError 404, also for another tenant's."""
+        found = await self.indexer.commands.find(id)
+        if found is None or found.tenant != tenant:
+            raise not_found(f"Command {id[:80]!r}")
+        return found
+
+    async def add_agent(self, agent: Agent, key: str | None, *, actor: str) -> tuple[Agent, str]:
+        """An agent that may log in from now on, and its key: made unless given.
+
+        Raises CommsError 400, 404 for a group, 409 for what is taken, 503.
+        """
+        self.check_tenant(agent.tenant)
+        key = registration.key_of(key)
+        return await self.indexer.agents.add(agent, await self.hasher.hash(key), actor=actor), key
+
+    async def change_agent(
+        self,
+        uuid: str,
+        *,
+        actor: str,
+        name: str | None = None,
+        groups: Sequence[str] | None = None,
+        status: AgentStatus | None = None,
+    ) -> Agent:
+        """Change what is given, and tell the agent of its groups. Raises CommsError 400, 404, 409; IndexerDown."""
+        agent = await self.indexer.agents.change(uuid, actor=actor, name=name, groups=groups, status=status)
+        # Also when they were so before: a call that broke off between the change and the telling can be repeated.
+        if groups is not None and agent.status is not AgentStatus.REVOKED:
+            action = Action(name=SET_GROUP, args={"groups": list(agent.groups)})
+            await self._tell(Order(action=action, agents=(uuid,)), agent.tenant, actor)
+        return agent
+
+    async def renew_key(self, uuid: str, key: str | None, *, actor: str) -> str:
+        """The agent's new key, made unless given; the old one and its tokens are refused. Raises CommsError."""
+        key = registration.key_of(key)
+        await self.indexer.agents.change(uuid, actor=actor, key_hash=await self.hasher.hash(key))
+        return key
+
     async def configure(
         self, tenant: str, name: str, text: str, *, actor: str, expected_version: int | None = None
     ) -> Group:
         """Change a group's configuration and tell its agents. Raises CommsError 400, 404, 409, 413; IndexerDown."""
+        self.check_tenant(tenant)
         await trio.to_thread.run_sync(configuration.read, text)
         before = await self.indexer.groups.find(tenant, name)
         group = await self.indexer.groups.put(tenant, name, text, actor=actor, expected_version=expected_version)
         if before is None or before.sha256 != group.sha256:
-            await self._tell_to_fetch(tenant, name, actor)
+            await self._tell(Order(action=Action(name=FETCH_CONFIG), groups=(name,)), tenant, actor)
         return group
 
-    async def _tell_to_fetch(self, tenant: str, group: str, actor: str) -> None:
+    async def _tell(self, order: Order, tenant: str, actor: str) -> None:
         """Nothing where the operator has removed that command."""
-        if all(known.name != FETCH_CONFIG for known in await self.indexer.commands.known()):
-            return
-        order = Order(action=Action(name=FETCH_CONFIG), groups=(group,))
-        await self.publisher.publish(Publication(orders=(order,)), tenant=tenant, actor=actor)
+        if any(known.name == order.action.name for known in await self.indexer.commands.known()):
+            await self.publisher.publish(Publication(orders=(order,)), tenant=tenant, actor=actor)
 
     def check_tenant(self, name: str) -> None:
         """Raises CommsError 404 for one that there is not, 409 for a closed one."""
-        found = self.store.peek(lambda db: tenants.find(db, name))
-        if found is None:
-            raise not_found(f"Tenant {name[:80]!r}")
-        if found.closed_at is not None:
-            raise conflict(f"tenant {name!r} is closed")
+        self.store.peek(partial(registration.check_tenant, name=name))
+
+    def tenant_closed(self, tenant: str) -> None:
+        """To be called after the commit: ends the streams and polls of its agents."""
+        self.hub.changed(Change(kind="agents", tenant=tenant))
 
     def statistics(self) -> dict[str, Any]:
         """The indexer, streams, queues and requests: for `info` and the metrics."""
@@ -217,13 +275,18 @@ async def _assemble(
     engine: StandIn | SocketEngine = StandIn(events)
     if settings.engine_socket is not None:
         engine = SocketEngine(settings.engine_socket, indexer.agents.find)
-    heard.hub = Hub(indexer, clock, HubBounds(poll_hold_s=settings.hold_s), heard.attached)
+    heard.hub = Hub(
+        indexer,
+        clock,
+        HubBounds(poll_hold_s=settings.hold_s),
+        heard.attached,
+        is_closed=lambda tenant: store.peek(partial(tenants.is_closed, name=tenant)),
+    )
     upgrades = Upgrades(data_dir / UPGRADES, store, clock)
     await trio.to_thread.run_sync(upgrades.sweep)
     return Comms(
         store=store,
         clock=clock,
-        settings=settings,
         new_id=new_id,
         indexer=indexer,
         events=events,

@@ -1,7 +1,7 @@
 """Agents' keys at rest: PBKDF2 in a thread of its own, one after the other, so that a storm of logins holds up nobody.
 
-Whoever logged in with the same key a while ago is recognised by an HMAC under a key that only this process knows, so a
-fleet that renews its tokens costs microseconds each.
+Whoever was added or logged in with the same key a while ago is recognised by an HMAC under a key that only this process
+knows, so a fleet that renews its tokens costs microseconds each.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Hasher:
         """Digests of proven keys, who was last seen the longest ago first."""
 
     async def hash(self, key: str) -> str:
-        """base64(salt + PBKDF2-HMAC-SHA256): what is kept of a key, which is recognised from now on. Raises CommsError 503.
+        """base64(salt + PBKDF2-HMAC-SHA256): what is kept of a key. Raises CommsError 503.
 
-        A fleet that enrolls logs in right after: that would be the same work once more.
+        The key counts as proven: who enrolls logs in right after, which would be the same work once more.
         """
         salt = secrets.token_bytes(SALT_BYTES)
         key_hash = base64.b64encode(salt + await self._in_turn(_derive, key, salt)).decode()

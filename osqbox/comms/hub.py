@@ -101,8 +101,8 @@ class _Seat:
     wake: trio.Event = field(default_factory=trio.Event)
     is_behind: bool = True
     """There may be commands that it has not read."""
-    is_doubtful: bool = False
-    """The agent may have been revoked."""
+    is_doubtful: bool = True
+    """The agent may have been revoked, at first since its token was checked."""
     is_announced: bool = False
     """Every box knows of it: from here on another connection's announcement is a newer one's."""
     taken: list[Command] = field(default_factory=list)
@@ -125,14 +125,16 @@ class Hub:
         clock: Clock,
         bounds: HubBounds | None = None,
         on_attached: Callable[[str, str], None] | None = None,
+        is_closed: Callable[[str], bool] | None = None,
     ) -> None:
         """``on_attached``: told the uuid and connection of every new seat, so that other boxes end the agent's older
-        one; returns at once."""
+        one; returns at once. ``is_closed``: whether a tenant is."""
         self.indexer = indexer
         self._commands = indexer.commands
         self._clock = clock
         self._bounds = bounds or HubBounds()
         self._on_attached = on_attached
+        self._is_closed = is_closed or (lambda _: False)
         self._seats: dict[str, _Seat] = {}
         self._taken = 0
         self._polls = 0
@@ -216,8 +218,12 @@ class Hub:
         if seat.is_doubtful and seat.bye is None:
             agent = await self.indexer.agents.find(seat.agent.uuid)
             seat.is_doubtful = False
-            if agent is None or agent.status is AgentStatus.REVOKED or agent.key_version != seat.agent.key_version:
+            if agent is None or not self._is_welcome(agent, seat):
                 self._end(seat, "revoked")
+
+    def _is_welcome(self, agent: Agent, seat: _Seat) -> bool:
+        is_same_key = agent.key_version == seat.agent.key_version
+        return is_same_key and agent.status is not AgentStatus.REVOKED and not self._is_closed(agent.tenant)
 
     async def _rest(self, seat: _Seat, within_s: float) -> None:
         """Until somebody wakes it, its token is over, or ``within_s`` have passed."""

@@ -15,7 +15,7 @@ from osqbox.store import Store
 from .errors import CommsError, too_many_attempts
 from .hashing import NOBODY, Hasher
 from .messages import Agent, AgentStatus, Credentials, Json
-from .registration import is_uuid
+from .registration import is_uuid, looks_like_key
 from .seams import Agents
 from .tokens import INVALID, Claims, Tokens, invalid
 
@@ -98,7 +98,9 @@ class Login:
         """The refusal of a wrong key, after it was counted."""
         error = CommsError(401, "wrong_key", WRONG_KEY) if is_known else CommsError(403, "unknown_agent", UNKNOWN)
         if self._attempts.failed(peer, self._clock.now()):
-            await self._note(uuid[:SUBJECT_CHARS], peer, error, None)
+            # Who mixes up the two fields would have its key kept for good.
+            is_shown = is_known or not looks_like_key(uuid)
+            await self._note(uuid[:SUBJECT_CHARS] if is_shown else f"{uuid[:4]}...", peer, error, None)
         return error
 
     async def _shut_out(self, agent: Agent, peer: str, error: CommsError) -> CommsError:
@@ -113,5 +115,4 @@ class Login:
         )
 
     def _is_closed(self, tenant: str) -> bool:
-        found = self._store.peek(lambda db: tenants.find(db, tenant))
-        return found is not None and found.closed_at is not None
+        return self._store.peek(partial(tenants.is_closed, name=tenant))

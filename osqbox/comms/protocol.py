@@ -21,6 +21,7 @@ from osqbox.exchange import Response
 from .errors import CommsError, bad_request
 from .messages import Json, Profile
 
+IDEMPOTENCY_KEY_CHARS = 256
 PREFIX = "/api/v1"
 TARGET_BYTES = 8 * 1024
 """Of a path with its query; beyond that is 414."""
@@ -31,6 +32,7 @@ DECODED_BYTES = 64 * 1024 * 1024
 PUBLICATION_BYTES = 16 * 1024 * 1024
 """100,000 UUIDs take 4 MB."""
 CONFIGURATION_BYTES = 1024 * 1024
+"""Of a group's text."""
 SMALL_BYTES = 64 * 1024
 """Any other body."""
 GZIP_MEMBERS = 16
@@ -151,9 +153,14 @@ def body_limit_bytes(found: Route, method: str) -> int:
     return CONFIGURATION_BYTES if what in (Operation.CONFIGURE, Operation.SCAN) else SMALL_BYTES
 
 
+def is_g1_agent(headers: Mapping[str, str]) -> bool:
+    """Whether it says that it is one, whatever it sends."""
+    return headers.get("user-agent", "").startswith(G1_AGENT)
+
+
 def profile(what: Operation | None, headers: Mapping[str, str], query: Mapping[str, str], body: bytes = b"") -> Profile:
     """Which dialect a request is in, as far as can be told before it is understood."""
-    if what in _G1_ONLY or headers.get("user-agent", "").startswith(G1_AGENT):
+    if what in _G1_ONLY or is_g1_agent(headers):
         return Profile.G1
     if what is Operation.COMMANDS:
         accept = headers.get("accept", "").lower()
@@ -191,6 +198,13 @@ def decoded_body(headers: Mapping[str, str], body: bytes, limit_bytes: int = DEC
         if not body:
             return b"".join(pieces)
     raise bad_request(f"body: expected at most {GZIP_MEMBERS} gzip streams, got more", reason="bad_gzip")
+
+
+def idempotency_key(text: str | None) -> str:
+    """By which a request that is sent again is known; empty without."""
+    if text is not None and len(text) > IDEMPOTENCY_KEY_CHARS:
+        raise bad_request(f"Idempotency-Key: expected at most {IDEMPOTENCY_KEY_CHARS} characters, got {len(text)}")
+    return text or ""
 
 
 def version_wanted(if_match: str | None) -> int | None:

@@ -26,10 +26,12 @@ WORD_MAX = 256
 """Characters of an id or a name."""
 UNKNOWN_COMMAND = "unknown_command"
 
+FETCH_CONFIG, SET_GROUP = "fetch-config", "set-group"
+"""Published by the box itself when a configuration or an agent's groups have changed."""
 SEEDED = (
-    KnownCommand(name="fetch-config", description="fetch the configuration of your groups again"),
+    KnownCommand(name=FETCH_CONFIG, description="fetch the configuration of your groups again"),
     KnownCommand(name="restart", description="restart yourself"),
-    KnownCommand(name="set-group", description="your groups from now on", required_args=("groups",)),
+    KnownCommand(name=SET_GROUP, description="your groups from now on", required_args=("groups",)),
     KnownCommand(name="upgrade", description="fetch an upgrade file and install it", required_args=("file_name",)),
 )
 """The commands a new box knows."""

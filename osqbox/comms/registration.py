@@ -19,7 +19,7 @@ from osqbox.attempts import Attempts
 from osqbox.clock import Clock
 from osqbox.store import Store, Tx
 
-from .errors import CommsError, bad_request, too_many_attempts
+from .errors import CommsError, bad_request, conflict, not_found, too_many_attempts
 from .keys import SigningKeys
 from .messages import Agent, Json
 from .seams import Agents
@@ -46,9 +46,21 @@ _GROUP = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 _KEY = re.compile(r"[A-Za-z0-9]{32}", re.ASCII)
 
 
+def looks_like_key(text: str) -> bool:
+    return _KEY.fullmatch(text) is not None
+
+
 def new_key() -> str:
     """What an agent logs in with: 32 alphanumerics, 190 bits."""
     return "".join(secrets.choice(KEY_ALPHABET) for _ in range(KEY_CHARS))
+
+
+def key_of(given: str | None) -> str:
+    """What was given, checked, or a new one. Raises CommsError 400."""
+    if given is None:
+        return new_key()
+    check_key(given)
+    return given
 
 
 def new_agent(
@@ -78,6 +90,15 @@ def new_agent(
         host=_checked_host(host or {}),
         created_at=now,
     )
+
+
+def check_tenant(db: sqlite3.Connection, name: str) -> None:
+    """Raises CommsError 404 for one that there is not, 409 for a closed one."""
+    found = tenants.find(db, name)
+    if found is None:
+        raise not_found(f"Tenant {name[:80]!r}")
+    if found.closed_at is not None:
+        raise conflict(f"tenant {name!r} is closed")
 
 
 def is_uuid(uuid: str) -> bool:
@@ -113,7 +134,7 @@ def check_groups(names: Sequence[str]) -> None:
 
 
 def check_key(key: str) -> None:
-    if not _KEY.fullmatch(key):
+    if not looks_like_key(key):
         raise bad_request(f"key: expected exactly {KEY_CHARS} alphanumeric characters, got {len(key)} characters")
 
 

@@ -25,7 +25,7 @@ from osqbox.listen.connection import current_peer
 from osqbox.listen.websocket import WebSocket
 
 from . import bodies, configuration, protocol, publication, registration, stateful, streams
-from .errors import RETRY_AFTER_S, CommsError, bad_request, busy, not_found
+from .errors import RETRY_AFTER_S, CommsError, bad_request, busy
 from .messages import Agent, Command, Group, Json, Profile
 from .protocol import Operation, Route
 
@@ -42,7 +42,6 @@ INLINE_BYTES = 128 * 1024
 PARSER_THREADS = 2
 STATEFUL_S = 25.0
 """For an indexer's confirmation; the agents of 2024 give up after 30 s."""
-IDEMPOTENCY_KEY_CHARS = 256
 CACHE_BYTES = 16 * 1024 * 1024
 """Of configurations that were put together; one alone may have more."""
 CACHED_BYTES = 1024
@@ -265,7 +264,7 @@ class CommsApi(_Api):
 
     async def _stateless(self, ask: _Ask) -> Response:
         agent, _ = await self._authenticated(ask)
-        parsed = await self._parsed(ask, bodies.read_stateless)
+        parsed = await self._parsed(ask, partial(bodies.read_stateless, profile=_body_profile(ask.request)))
         bodies.check_claims(parsed.claimed, agent.uuid)
         comms = self._comms
         events = bodies.stored_events(
@@ -278,7 +277,7 @@ class CommsApi(_Api):
 
     async def _stateful(self, ask: _Ask) -> Response:
         agent, _ = await self._authenticated(ask)
-        parsed = await self._parsed(ask, bodies.read_stateful)
+        parsed = await self._parsed(ask, partial(bodies.read_stateful, profile=_body_profile(ask.request)))
         bodies.check_claims(parsed.claimed, agent.uuid)
         comms, key = self._comms, _idempotency_key(ask.request)
         batch = stateful.batch_name(ask.request.body, key)
@@ -458,7 +457,8 @@ class PublishersApi(_Api):
     async def _publish(self, ask: _Ask) -> Response:
         tenant = self._tenant(ask)
         wanted = await self._parsed(ask, publication.read_publication)
-        commands = await self._comms.publisher.publish(wanted, tenant=tenant, actor=self._actor(ask.request.peer))
+        key, actor = _idempotency_key(ask.request), self._actor(ask.request.peer)
+        commands = await self._comms.publisher.publish(wanted, tenant=tenant, actor=actor, key=key)
         if wanted.is_g1:
             return protocol.success({"commands": [streams.wire(each) for each in commands]})
         told = [{"document_id": each.id, "agent": each.agent} for each in commands]
@@ -475,13 +475,15 @@ class PublishersApi(_Api):
 
     async def _configuration(self, ask: _Ask) -> Response:
         tenant, name = self._tenant(ask), _group_name(ask.query)
-        group = await self._comms.indexer.groups.find(tenant, name)
-        if group is None:
-            raise not_found(f"Group {name!r}")
-        return await self._told(ask, group)
+        return await self._told(ask, await self._comms.group(tenant, name))
 
     async def _told(self, ask: _Ask, group: Group) -> Response:
         return _tagged(ask.request, await self._put_together([group]))
+
+
+def _body_profile(request: Request) -> Profile | None:
+    """None: by what the body looks like."""
+    return Profile.G1 if protocol.is_g1_agent(request.headers) else None
 
 
 def _credentials(body: bytes) -> Credentials:
@@ -499,10 +501,7 @@ def _facts(headers: Mapping[str, str]) -> dict[str, Json]:
 
 
 def _idempotency_key(request: Request) -> str:
-    key = request.headers.get("idempotency-key", "")
-    if len(key) > IDEMPOTENCY_KEY_CHARS:
-        raise bad_request(f"Idempotency-Key: expected at most {IDEMPOTENCY_KEY_CHARS} characters, got {len(key)}")
-    return key
+    return protocol.idempotency_key(request.headers.get("idempotency-key"))
 
 
 def _wait_s(query: Mapping[str, str]) -> float | None:

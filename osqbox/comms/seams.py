@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from osqbox.settings import Retention
+
 from .messages import (
     Agent,
     AgentStatus,
@@ -250,6 +252,10 @@ class Indexer(Protocol):
 
     @property
     def states(self) -> States: ...
+
+    async def prune(self, retention: Retention) -> None:
+        """Drop what is beyond its bound: ended commands, answers to stateful requests."""
+        ...
 
     def statistics(self) -> dict[str, Any]:
         """kind, up, latencies, queue lengths: for `status` and the metrics."""

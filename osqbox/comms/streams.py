@@ -26,7 +26,6 @@ WRITE_S = 20.0
 """The longest that one write may take, which is also how long a stuck reader is kept."""
 PIECE_BYTES = 64 * 1024
 RECONNECT_MS = 2000
-SUBPROTOCOL = "commands.v1"
 SSE_HEADERS = (
     ("Cache-Control", "no-cache, no-store"),
     ("X-Accel-Buffering", "no"),
@@ -118,7 +117,8 @@ def _sse_events(item: Item) -> Iterator[bytes]:
             for each in commands:
                 yield sse_event("command", wire_stream(each), id=each.seq)
         case Bye(reason, retry_ms):
-            yield sse_event("bye", {"reason": reason, "retry_ms": retry_ms}, retry_ms=retry_ms)
+            # A browser keeps the last `retry` for every later failure too: none is told to hurry for ever.
+            yield sse_event("bye", {"reason": reason, "retry_ms": retry_ms}, retry_ms=retry_ms or None)
         case Reset():
             yield sse_event("reset", RESET, id=0)
 

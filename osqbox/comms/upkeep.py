@@ -12,11 +12,7 @@ import trio
 from osqbox.settings import Retention
 
 from .errors import IndexerDown
-from .opensearch import OpenSearchIndexer
-from .sqlite import SqliteIndexer
-from .sqlite import commands as commands_table
-from .sqlite import events as events_table
-from .sqlite import states as states_table
+from .sqlite import events
 
 if TYPE_CHECKING:
     from .front import Comms
@@ -63,22 +59,17 @@ class Upkeep:
 
     async def prune(self) -> None:
         """Oldest first, in small writes that let the others pass."""
-        store, keep = self._comms.store, self._retention
-        while await store.write(partial(events_table.prune, keep_rows=keep.comms_events), bulk=True):
-            await trio.lowlevel.checkpoint()
-        if isinstance(self._comms.indexer, SqliteIndexer):
-            while await store.write(partial(commands_table.prune, keep=keep.comms_commands), bulk=True):
-                await trio.lowlevel.checkpoint()
-            await store.write(partial(states_table.prune_batches, keep_s=keep.comms_batches_s), bulk=True)
-        elif isinstance(self._comms.indexer, OpenSearchIndexer):
-            await self._comms.indexer.prune(keep)
+        drop_events = partial(events.prune, keep_rows=self._retention.comms_events)
+        while await self._comms.store.write(drop_events, bulk=True):
+            pass
+        await self._comms.indexer.prune(self._retention)
 
 
 async def _try(work: Callable[[], Awaitable[None]]) -> None:
     """A full disk or an indexer that is away must not end the box."""
     try:
         await work()
-    except IndexerDown as error:
-        log.info("upkeep of the comms API waits for the indexer: %s", error.message)
+    except IndexerDown:
+        pass  # its client has said so in the log, once
     except Exception:
         log.exception("upkeep of the comms API failed; it is tried again")

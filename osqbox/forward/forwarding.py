@@ -112,6 +112,8 @@ def _opener(spec: SinkSpec, clock: Clock, announced: trio.Event) -> OpenSink:
                 raise BadSetup(
                     f"--forward: expected a directory for {spec.target}, got none at {Path(spec.target).parent}"
                 )
+            if Path(spec.target).is_dir():
+                raise BadSetup(f"--forward: expected the path of a file, got the directory {spec.target}")
             return partial(FileSink, spec)
         case SinkKind.STDOUT:
             return partial(StdoutSink, announced)

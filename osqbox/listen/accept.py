@@ -250,6 +250,8 @@ class Listener:
         while True:
             try:
                 transport = await listener.accept()
+            except trio.ClosedResourceError:
+                return  # by `stop_accepting`, while a connection was coming in
             except OSError as error:
                 if error.errno not in _OUT_OF_RESOURCES:
                     raise

@@ -14,16 +14,14 @@ from quart_trio.wrappers import TrioResponse
 from osqbox import tenants
 from osqbox.clock import rfc3339
 from osqbox.comms import registration
-from osqbox.comms.errors import bad_request, not_found
-from osqbox.comms.messages import Action, Agent, AgentStatus
-from osqbox.comms.publication import Order, Publication
+from osqbox.comms.errors import bad_request
+from osqbox.comms.messages import Agent, AgentStatus
 
 from .answers import answered
 from .operations import Body, Query, operation
 from .parts import OPERATOR, Parts
 
 LIMIT_MAX = 1000
-SET_GROUP = "set-group"
 
 Tenant = Annotated[str, Meta(max_length=63)]
 
@@ -153,13 +151,13 @@ def _add_reading(routes: Blueprint, parts: Parts) -> None:
         found = await parts.served_comms().indexer.agents.page(
             tenant=query.tenant, group=query.group, after=query.after, limit=query.limit, text=query.text
         )
-        return answered([facts(agent) for agent in found])
+        return answered([_facts(agent) for agent in found])
 
     @routes.get("/agents/<word>")
     @operation(AgentFacts, query=OfTenant)
     async def show_agent(word: str, query: OfTenant) -> TrioResponse:
         """One agent by UUID or name."""
-        return answered(facts(await resolve(parts, query.tenant, word)))
+        return answered(_facts(await parts.served_comms().agent(query.tenant, word)))
 
 
 def _add_changing(routes: Blueprint, parts: Parts) -> None:
@@ -167,46 +165,41 @@ def _add_changing(routes: Blueprint, parts: Parts) -> None:
     @operation(AddedAgent, status=201, query=OfTenant, body=NewAgent)
     async def add_agent(query: OfTenant, body: NewAgent) -> TrioResponse:
         """Add an agent that may log in from now on."""
-        comms, key = parts.served_comms(), _key(body.key)
-        comms.check_tenant(tenant := body.tenant or query.tenant)
+        comms = parts.served_comms()
         agent = registration.new_agent(
             uuid=str(uuid.uuid4()) if body.uuid is None else body.uuid,
             name=body.name,
-            tenant=tenant,
+            tenant=body.tenant or query.tenant,
             groups=body.in_groups(),
             type=body.type,
             version=body.version,
             now=comms.clock.now(),
         )
-        added = await comms.indexer.agents.add(agent, await comms.hasher.hash(key), actor=OPERATOR)
-        return answered({**facts(added), "key": key}, 201)
+        added, key = await comms.add_agent(agent, body.key, actor=OPERATOR)
+        return answered({**_facts(added), "key": key}, 201)
 
     @routes.patch("/agents/<word>")
     @operation(AgentFacts, query=OfTenant, body=AgentChange)
     async def change_agent(word: str, query: OfTenant, body: AgentChange) -> TrioResponse:
         """Change an agent's name or groups, revoke it or allow it again."""
         comms = parts.served_comms()
-        agent = await resolve(parts, query.tenant, word)
-        changed = await comms.indexer.agents.change(
+        agent = await comms.agent(query.tenant, word)
+        changed = await comms.change_agent(
             agent.uuid,
             actor=OPERATOR,
             name=body.name,
             groups=body.groups,
             status=None if body.status is None else AgentStatus(body.status),
         )
-        # Also when they were so before: a call that broke off between the change and the telling can be repeated.
-        if body.groups is not None:
-            await _tell_groups(parts, changed)
-        return answered(facts(changed))
+        return answered(_facts(changed))
 
     @routes.post("/agents/<word>/key")
     @operation(KeyOfAgent, query=OfTenant, body=NewKey)
     async def renew_agent_key(word: str, query: OfTenant, body: NewKey) -> TrioResponse:
         """Give an agent a new key; the old one and its tokens are refused from now on."""
         comms = parts.served_comms()
-        agent = await resolve(parts, query.tenant, word)
-        key = _key(body.key)
-        await comms.indexer.agents.change(agent.uuid, actor=OPERATOR, key_hash=await comms.hasher.hash(key))
+        agent = await comms.agent(query.tenant, word)
+        key = await comms.renew_key(agent.uuid, body.key, actor=OPERATOR)
         return answered(KeyOfAgent(uuid=agent.uuid, key=key))
 
     @routes.delete("/agents/<word>")
@@ -214,7 +207,7 @@ def _add_changing(routes: Blueprint, parts: Parts) -> None:
     async def delete_agent(word: str, query: OfTenant) -> TrioResponse:
         """Forget an agent and cancel its open commands."""
         comms = parts.served_comms()
-        agent = await resolve(parts, query.tenant, word)
+        agent = await comms.agent(query.tenant, word)
         await comms.indexer.agents.delete(agent.uuid, actor=OPERATOR)
         return answered(DeletedAgent(deleted=agent.uuid))
 
@@ -234,15 +227,13 @@ def add_enrollment(app: QuartTrio, parts: Parts) -> None:
     async def enroll_agent(query: OfTenant, body: EnrolledAgent) -> TrioResponse:
         """Register an agent under the UUID and key that it made itself."""
         comms = parts.served_comms()
-        comms.check_tenant(query.tenant)
         asked = msgspec.convert(body, registration.Registration, from_attributes=True)
         agent = registration.agent_of(asked, query.tenant, comms.clock.now())
-        key_hash = await comms.hasher.hash(asked.key)
-        await comms.indexer.agents.add(agent, key_hash, actor=request.remote_addr or OPERATOR)
+        await comms.add_agent(agent, asked.key, actor=request.remote_addr or OPERATOR)
         return answered(Enrolled(uuid=agent.uuid), 201)
 
 
-def facts(agent: Agent) -> dict[str, Any]:
+def _facts(agent: Agent) -> dict[str, Any]:
     """As `AgentFacts`."""
     return {
         **msgspec.structs.asdict(agent),
@@ -250,36 +241,3 @@ def facts(agent: Agent) -> dict[str, Any]:
         "last_login_at": rfc3339(agent.last_login_at),
         "last_seen_at": rfc3339(agent.last_seen_at),
     }
-
-
-async def resolve(parts: Parts, tenant: str, word: str) -> Agent:
-    """The tenant's agent of that UUID, else of that name. Raises CommsError 404."""
-    agents = parts.served_comms().indexer.agents
-    found = await agents.find(word)
-    if found is not None and found.tenant == tenant:
-        return found
-    after = ""
-    while named := await agents.page(tenant=tenant, text=word, after=after, limit=LIMIT_MAX):
-        for agent in named:
-            if agent.name == word:
-                return agent
-        after = named[-1].uuid
-    raise not_found(f"Agent {word!r}")
-
-
-async def _tell_groups(parts: Parts, agent: Agent) -> None:
-    """Publish `set-group` to an agent; nothing where the operator has removed that command."""
-    comms = parts.served_comms()
-    if agent.status is AgentStatus.REVOKED or not any(
-        known.name == SET_GROUP for known in await comms.indexer.commands.known()
-    ):
-        return
-    order = Order(action=Action(name=SET_GROUP, args={"groups": list(agent.groups)}), agents=(agent.uuid,))
-    await comms.publisher.publish(Publication(orders=(order,)), tenant=agent.tenant, actor=OPERATOR)
-
-
-def _key(given: str | None) -> str:
-    if given is None:
-        return registration.new_key()
-    registration.check_key(given)
-    return given

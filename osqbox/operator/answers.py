@@ -154,8 +154,20 @@ def _explain_job_error(error: JobError) -> TrioResponse:
     return response
 
 
+_LISTED = MappingProxyType(
+    {
+        "Agent": "osqbox comms agents",
+        "Command": "osqbox comms commands",
+        "Group": "osqbox comms config",
+        "Tenant": "osqbox tenants",
+    }
+)
+"""Where somebody who asked for what does not exist finds what does."""
+
+
 def _explain_comms_error(error: CommsError) -> TrioResponse:
-    response = failed(Failure(error=error.message, reason=error.reason), error.status)
+    hint = _LISTED.get(error.message.partition(" ")[0]) if error.status == 404 else None
+    response = failed(Failure(error=error.message, reason=error.reason, hint=hint), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
     return response

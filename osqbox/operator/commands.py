@@ -6,18 +6,19 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
-from quart import Blueprint
+from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from osqbox import tenants
 from osqbox.clock import rfc3339
-from osqbox.comms.errors import conflict, not_found
+from osqbox.comms.errors import conflict
 from osqbox.comms.messages import Command, CommandStatus, KnownCommand
+from osqbox.comms.protocol import idempotency_key
 from osqbox.comms.publication import ARGS_BYTES, EXPIRY_MAX_S, TARGETS_MAX, WORD_MAX, parse_publication, word
 from osqbox.comms.seams import Commands
 
+from .agents import OfTenant
 from .answers import answered
-from .operations import SEQ_MAX, Body, Query, operation
+from .operations import SEQ_MAX, Body, operation
 from .parts import OPERATOR, Parts
 
 SHOWN_COMMANDS = 1000
@@ -52,11 +53,7 @@ class NewCommands(Body, omit_defaults=True):
     tenant: Word = "default"
 
 
-class OfTenant(Query):
-    tenant: str = "default"
-
-
-class Which(OfTenant):
+class Which(OfTenant, kw_only=True):
     agent: Annotated[str | None, Meta(description="Id.")] = None
     status: StatusName | None = None
     request_id: Annotated[str | None, Meta(description="Those of one publication.")] = None
@@ -155,24 +152,21 @@ def _commands(parts: Parts) -> Commands:
     return parts.served_comms().indexer.commands
 
 
-async def _find(parts: Parts, id: str, tenant: str) -> Command:
-    found = await _commands(parts).find(id)
-    if found is None or found.tenant != tenant:
-        raise not_found(f"Command {id!r}")
-    return found
-
-
 def _add_commands(routes: Blueprint, parts: Parts) -> None:
     @routes.post("/commands")
     @operation(PublishedCommands, status=201, body=NewCommands)
     async def publish_commands(body: NewCommands) -> TrioResponse:
-        """Tell agents to do something: all of those meant, or on an error none."""
-        publisher = parts.served_comms().publisher
-        parts.store.peek(lambda db: tenants.get(db, body.tenant))
+        """Tell agents to do something: all of those meant, or on an error none.
+
+        With an Idempotency-Key header the request may be sent again: then it answers with the commands there are.
+        """
+        comms = parts.served_comms()
+        comms.check_tenant(body.tenant)
         asked = msgspec.to_builtins(body)
         asked.pop("tenant", None)
         publication = parse_publication(asked)
-        published = await publisher.publish(publication, tenant=body.tenant, actor=OPERATOR)
+        key = idempotency_key(request.headers.get("Idempotency-Key"))
+        published = await comms.publisher.publish(publication, tenant=body.tenant, actor=OPERATOR, key=key)
         request_id = published[0].request_id if published else body.request_id or ""
         shown = [facts_of(each) for each in published[:SHOWN_COMMANDS]]
         return answered(PublishedCommands(request_id, len(published), shown), 201)
@@ -190,16 +184,17 @@ def _add_commands(routes: Blueprint, parts: Parts) -> None:
     @operation(CommandFacts, query=OfTenant)
     async def show_command(id: str, query: OfTenant) -> TrioResponse:
         """One command, with its result once there is one."""
-        return answered(facts_of(await _find(parts, id, query.tenant)))
+        return answered(facts_of(await parts.served_comms().command(query.tenant, id)))
 
     @routes.delete("/commands/<id>")
     @operation(CommandFacts, query=OfTenant)
     async def cancel_command(id: str, query: OfTenant) -> TrioResponse:
         """End a command that has no final result. An agent that has it already may still carry it out."""
-        found = await _find(parts, id, query.tenant)
-        cancelled = await _commands(parts).cancel([id], actor=OPERATOR)
+        comms = parts.served_comms()
+        found = await comms.command(query.tenant, id)
+        cancelled = await comms.indexer.commands.cancel([id], actor=OPERATOR)
         if not cancelled:
-            raise conflict(f"command {id!r} has ended: {(await _find(parts, id, found.tenant)).status.value}")
+            raise conflict(f"command {id!r} has ended: {(await comms.command(found.tenant, id)).status.value}")
         return answered(facts_of(cancelled[0]))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import trio
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from osqbox.comms import configuration, protocol, registration
-from osqbox.comms.errors import not_found
 from osqbox.comms.messages import Group
 
 from .agents import OfTenant
@@ -46,17 +46,13 @@ def add(routes: Blueprint, parts: Parts) -> None:
     @operation(Configuration, query=OfGroup)
     async def show_configuration(query: OfGroup) -> TrioResponse:
         """The configuration of a group."""
-        found = await parts.served_comms().indexer.groups.find(query.tenant, query.group)
-        if found is None:
-            raise not_found(f"Group {query.group!r}")
-        return _told(found)
+        return await _told(await parts.served_comms().group(query.tenant, query.group))
 
     @routes.put("/configuration")
     @operation(Configuration, query=OfGroup, takes_text=True)
     async def put_configuration(query: OfGroup, text: str) -> TrioResponse:
         """Change a group's configuration and tell its agents; ``If-Match: "3"`` changes version 3 or nothing."""
         comms = parts.served_comms()
-        comms.check_tenant(query.tenant)
         registration.check_group_name(query.group)
         group = await comms.configure(
             query.tenant,
@@ -65,9 +61,9 @@ def add(routes: Blueprint, parts: Parts) -> None:
             actor=OPERATOR,
             expected_version=protocol.version_wanted(request.headers.get("If-Match")),
         )
-        return _told(group)
+        return await _told(group)
 
 
-def _told(group: Group) -> TrioResponse:
-    found = configuration.configuration_of([group])
+async def _told(group: Group) -> TrioResponse:
+    found = await trio.to_thread.run_sync(configuration.configuration_of, [group])
     return TrioResponse(found.body, content_type=JSON, headers={"ETag": f'"{found.sha256}"'})

@@ -10,7 +10,6 @@ from quart import Blueprint
 from quart_trio.wrappers import TrioResponse
 
 from osqbox.clock import rfc3339
-from osqbox.comms.errors import not_found
 from osqbox.comms.messages import Group
 
 from .agents import OfTenant
@@ -62,10 +61,7 @@ def add(routes: Blueprint, parts: Parts) -> None:
     @operation(GroupConfiguration, query=OfTenant)
     async def show_group(name: str, query: OfTenant) -> TrioResponse:
         """One group with its configuration."""
-        found = await parts.served_comms().indexer.groups.find(query.tenant, name)
-        if found is None:
-            raise not_found(f"Group {name!r}")
-        return answered(_configuration(found))
+        return answered(_configuration(await parts.served_comms().group(query.tenant, name)))
 
     @routes.get("/groups/<name>/versions")
     @operation(list[GroupConfiguration], query=OfTenant)
@@ -79,7 +75,6 @@ def add(routes: Blueprint, parts: Parts) -> None:
     async def put_group(name: str, query: OfTenant, body: NewConfiguration) -> TrioResponse:
         """Create a group or change its configuration, and tell its agents."""
         comms = parts.served_comms()
-        comms.check_tenant(query.tenant)
         group = await comms.configure(
             query.tenant, name, body.configuration, actor=OPERATOR, expected_version=body.expected_version
         )

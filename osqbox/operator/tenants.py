@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -19,7 +20,7 @@ from osqbox.tenants import TenantOptions
 
 from .answers import answered, read_answer
 from .operations import Body, operation
-from .parts import Parts
+from .parts import Comms, Parts
 
 SECRET_MAX_CHARS = 1024
 CENTURY_S = 100 * 365.25 * 86400
@@ -145,8 +146,8 @@ def _add_tenants(routes: Blueprint, parts: Parts) -> None:
     @routes.delete("/tenants/<name>")
     @operation(ClosedTenant)
     async def close_tenant(name: str) -> TrioResponse:
-        """Close a tenant: its nodes are refused, their open targets are cancelled."""
-        parts.presence.wake(await parts.store.write(lambda tx: _close(tx, name)))
+        """Close a tenant: its nodes and agents are refused, open targets are cancelled, command streams end."""
+        parts.presence.wake(await parts.store.write(lambda tx: _close(tx, name, parts.comms)))
         return answered(ClosedTenant(closed=name))
 
 
@@ -156,8 +157,10 @@ def _create(tx: Tx, body: NewTenant, secret: str) -> dict[str, Any]:
     return {**tenant.as_json(), "enroll_secret": secret}
 
 
-def _close(tx: Tx, name: str) -> list[str]:
+def _close(tx: Tx, name: str, comms: Comms | None) -> list[str]:
     tenants.close(tx, name)
+    if comms is not None:
+        tx.after_commit.append(partial(comms.tenant_closed, name))
     ids = [node.id for node in nodes.select(tx.db, Selector(tenant=name))]
     for node_id in ids:
         campaigns.cancel_for_node(tx, node_id)

@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from osqbox.testing.handle import AgentHandle, Osqbox, QueryResult
+    from osqbox.testing.handle import AgentHandle, CommsAgent, Osqbox, QueryResult
     from osqbox.testing.server import OsqboxServer
 
-__all__ = ["AgentHandle", "Osqbox", "OsqboxServer", "QueryResult"]
+__all__ = ["AgentHandle", "CommsAgent", "Osqbox", "OsqboxServer", "QueryResult"]
 
 
 def __getattr__(name: str) -> Any:

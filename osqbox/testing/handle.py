@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import msgspec
 import trio
@@ -14,7 +15,11 @@ import trio
 from osqbox import feed, tenants
 from osqbox.agent.runner import AgentOptions, run_agent
 from osqbox.box import new_id, new_key
-from osqbox.errors import NotInTime
+from osqbox.comms.front import Comms
+from osqbox.comms.messages import Action
+from osqbox.comms.publication import Order, Publication
+from osqbox.comms.registration import new_agent
+from osqbox.errors import BadUsage, NotInTime
 from osqbox.feed import Event
 from osqbox.flagfile import flagfile
 from osqbox.osquery import campaigns, configs, logs, nodes
@@ -22,6 +27,7 @@ from osqbox.osquery.amalgamate import Source, Target
 from osqbox.osquery.logs import LogFilter
 from osqbox.osquery.nodes import Selector
 from osqbox.running import write_private
+from osqbox.store import Tx
 from osqbox.testing.server import OsqboxServer
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -72,6 +78,13 @@ class AgentHandle:
         self._box.server.call_async(self._done.wait)
 
 
+class CommsAgent(NamedTuple):
+    """What an agent of the comms API logs in with."""
+
+    uuid: str
+    key: str
+
+
 class Osqbox:
     """A tenant that no other test sees: its own enroll secret, nodes, configs, logs and events."""
 
@@ -83,7 +96,7 @@ class Osqbox:
         """For a real osqueryd: ``osqueryd --flagfile``."""
         self.enroll_secret_file = directory / f"{name}.secret"
         self._agents: list[AgentHandle] = []
-        self._internal_errors = server.box.osquery.refused["internal"]
+        self._internal_errors = self._count_internal_errors()
         self._first_seq = 0
         self._open()
 
@@ -102,11 +115,20 @@ class Osqbox:
         """Stop the agents and close the tenant; returns what went wrong unnoticed, one sentence each."""
         for agent in self._agents:
             agent.stop()
-        self._write(lambda tx: tenants.close(tx, self.tenant))
-        errors = self.server.box.osquery.refused["internal"] - self._internal_errors
-        return (
-            [f"{errors} internal errors while answering agents; see the log of osqbox.osquery.routes"] if errors else []
-        )
+        self._write(self._close_tenant)
+        errors = self._count_internal_errors() - self._internal_errors
+        where = "osqbox.osquery.routes and osqbox.comms.routes"
+        return [f"{errors} internal errors while answering agents; see the logs of {where}"] if errors else []
+
+    def _count_internal_errors(self) -> int:
+        box = self.server.box
+        comms = (box.comms.api, box.comms.publishers) if box.comms else ()
+        return sum(each.refused["internal"] for each in (box.osquery, *comms))
+
+    def _close_tenant(self, tx: Tx) -> None:
+        tenants.close(tx, self.tenant)
+        if (comms := self.server.box.comms) is not None:
+            tx.after_commit.append(partial(comms.tenant_closed, self.tenant))
 
     def _write(self, work: Callable[[Any], Any]) -> Any:
         return self.server.call_async(lambda: self.server.box.store.write(work))
@@ -166,6 +188,30 @@ class Osqbox:
         assert event.node is not None
         handle.node = event.node
         return handle
+
+    def comms_agent(self, name: str | None = None) -> CommsAgent:
+        """A new agent of this tenant that may log in to the comms API at ``env["OSQBOX_COMMS"]``."""
+        comms = self._comms()
+        uuid = str(uuid4())
+        agent = new_agent(uuid=uuid, name=name or uuid, now=comms.clock.now(), tenant=self.tenant)
+        _, key = self.server.call_async(lambda: comms.add_agent(agent, None, actor="test"))
+        return CommsAgent(uuid, key)
+
+    def send(self, agent: str, action: str, **args: Any) -> str:
+        """Publish a command for an agent of the comms API, by its uuid; the command's id.
+
+        Raises CommsError for one that is not known. ``wait_for("command_ended", id=...)`` waits for its result.
+        """
+        comms = self._comms()
+        order = Order(action=Action(name=action, args=args), agents=(agent,))
+        publication = Publication(orders=(order,))
+        publish = partial(comms.publisher.publish, publication, tenant=self.tenant, actor="test")
+        return self.server.call_async(publish)[0].id
+
+    def _comms(self) -> Comms:
+        if self.server.box.comms is None:
+            raise BadUsage("the box of this session serves no comms API: osqbox_config says comms=None")
+        return self.server.box.comms
 
     def config(self, content: Mapping[str, Any], *, name: str | None = None, target: Target | None = None) -> None:
         """Serve this osquery config to this tenant's nodes, merged with what is there already."""

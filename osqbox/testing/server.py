@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import trio
 
 from osqbox.box import Box, open_box
-from osqbox.settings import JobSettings, Settings
+from osqbox.settings import CommsSettings, JobSettings, Settings
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class OsqboxServer:
             agents_port=settings.pop("agents_port", 0),
             operator_port=settings.pop("operator_port", 0),
             jobs=settings.pop("jobs", JobSettings(port=0)),
+            comms=settings.pop("comms", CommsSettings(port=0)),
             ephemeral=True,
             **settings,
         )

@@ -12,9 +12,9 @@ from quart import request
 from quart_trio.wrappers import TrioResponse
 
 from osqbox.comms import registration
-from osqbox.comms.errors import bad_request, not_found
+from osqbox.comms.errors import bad_request
 from osqbox.comms.front import Comms
-from osqbox.comms.messages import Agent, AgentStatus, CommandStatus, Group
+from osqbox.comms.messages import AgentStatus, CommandStatus, Group
 from osqbox.comms.publication import parse_publication
 from osqbox.operator.parts import OPERATOR
 from osqbox.tenants import DEFAULT
@@ -45,20 +45,20 @@ def _add_agents(site: Site) -> None:
     @site.page("/comms/agents", methods=("POST",))
     async def add_agent() -> TrioResponse:
         fields = await form()
-        comms, key = site.parts.served_comms(), registration.new_key()
+        comms = site.parts.served_comms()
         agent = registration.new_agent(
             uuid=str(uuid4()),
             name=fields.get("name", "").strip(),
             groups=(fields.get("group", registration.DEFAULT_GROUP),),
             now=comms.clock.now(),
         )
-        agent = await comms.indexer.agents.add(agent, await comms.hasher.hash(key), actor=OPERATOR)
+        agent, key = await comms.add_agent(agent, None, actor=OPERATOR)
         return site.render("added.html", agent=agent, key=key)
 
     @site.page("/comms/agents/<uuid>")
     async def agent_page(uuid: str) -> TrioResponse:
         comms = site.parts.served_comms()
-        agent = await _agent(comms, uuid)
+        agent = await comms.agent(DEFAULT, uuid)
         return site.render(
             "agent.html",
             agent=agent,
@@ -72,11 +72,11 @@ def _add_agents(site: Site) -> None:
     @site.page("/comms/agents/<uuid>/status", methods=("POST",))
     async def change_agent(uuid: str) -> TrioResponse:
         comms = site.parts.served_comms()
-        agent = await _agent(comms, uuid)
+        agent = await comms.agent(DEFAULT, uuid)
         wanted = (await form()).get("status", "")
         if wanted not in (AgentStatus.ACTIVE, AgentStatus.REVOKED):
             raise bad_request(f"status: expected active or revoked, got {wanted[:40]!r}")
-        await comms.indexer.agents.change(agent.uuid, actor=OPERATOR, status=AgentStatus(wanted))
+        await comms.change_agent(agent.uuid, actor=OPERATOR, status=AgentStatus(wanted))
         return elsewhere(f"/comms/agents/{agent.uuid}")
 
 
@@ -114,9 +114,7 @@ def _add_commands(site: Site) -> None:
     @site.page("/comms/commands/<id>/cancel", methods=("POST",))
     async def cancel_command(id: str) -> TrioResponse:
         comms = site.parts.served_comms()
-        command = await comms.indexer.commands.find(id)
-        if command is None or command.tenant != DEFAULT:
-            raise not_found("this command")
+        command = await comms.command(DEFAULT, id)
         await comms.indexer.commands.cancel([command.id], actor=OPERATOR)
         return elsewhere("/comms/commands")
 
@@ -170,11 +168,9 @@ def _add_groups(site: Site) -> None:
 
     @site.page("/comms/groups/<name>")
     async def group_page(name: str) -> TrioResponse:
-        groups = site.parts.served_comms().indexer.groups
-        group = await groups.find(DEFAULT, name)
-        if group is None:
-            raise not_found("this group")
-        return site.render("group.html", group=group, versions=await groups.versions(DEFAULT, name))
+        comms = site.parts.served_comms()
+        group, versions = await comms.group(DEFAULT, name), await comms.indexer.groups.versions(DEFAULT, name)
+        return site.render("group.html", group=group, versions=versions)
 
     @site.page("/comms/groups/<name>", methods=("POST",))
     async def change_group(name: str) -> TrioResponse:
@@ -191,13 +187,6 @@ def _add_groups(site: Site) -> None:
         return site.render("upgrades.html", files=await site.parts.served_comms().upgrades.page(DEFAULT))
 
 
-async def _agent(comms: Comms, uuid: str) -> Agent:
-    agent = await comms.indexer.agents.find(uuid)
-    if agent is None or agent.tenant != DEFAULT:
-        raise not_found("this agent")
-    return agent
-
-
 async def _groups(comms: Comms) -> list[Group]:
     return await comms.indexer.groups.page(DEFAULT)
 
@@ -208,7 +197,7 @@ async def _names(comms: Comms, uuids: Iterable[str]) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    return msgspec.json.format(msgspec.json.encode(value), indent=1).decode()
+    return msgspec.json.format(msgspec.json.encode(value), indent=0).decode()
 
 
 def _number(name: str) -> int | None:

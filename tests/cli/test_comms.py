@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,10 @@ def test_an_upgrade_file_is_sent_as_it_is_and_checked(
     api.on("PUT", "upgrades/x", {**facts, "sha256": "00"})
     assert "changed on its way" in str(run("comms", "upgrades", "add", str(file), "--name", "x").exception)
     assert run("comms", "upgrades", "add", str(tmp_path / "none")).exit_code == 3
+    os.mkfifo(tmp_path / "pipe")  # to open one waits for its other end
+    for what in (tmp_path, tmp_path / "pipe"):
+        result = run("comms", "upgrades", "add", str(what))
+        assert (result.exit_code, str(result.exception)) == (3, f"{what}: expected a regular file")
 
 
 def test_upgrades(api: Any, box: Any, run: Any) -> None:
@@ -296,6 +301,14 @@ def test_events(api: Any, box: Any, run: Any) -> None:
     assert second.endswith("x...")
     lines = run("comms", "events", "--json").stdout.splitlines()
     assert json.loads(lines[0]) == EVENT
+
+
+def test_no_events_are_told(api: Any, box: Any, run: Any) -> None:
+    api.streams("events.ndjson", [])
+    result = run("comms", "events")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no events yet\n")
+    assert run("comms", "events", "--search", "x").stderr == "no events fit\n"
+    assert run("comms", "events", "--json").stderr == ""
 
 
 def test_following_events_ends_with_the_box(api: Any, box: Any, run: Any) -> None:

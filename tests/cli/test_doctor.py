@@ -20,6 +20,8 @@ from osqbox import running
 from osqbox.cli import doctor
 from osqbox.cli.doctor import Check, shake_hands
 
+from .conftest import ready_object
+
 NOW = time.time()
 
 
@@ -177,8 +179,9 @@ def test_a_taken_port(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_box_exits_with_1(api: Any, box: running.Registration, run: Any, tmp_path: Path) -> None:
-    """Its operator listener answers wrongly, its agents listener not at all."""
+    """Its operator listener answers wrongly, those of agents not at all."""
     api.on("GET", "/readyz", {"error": "not ready", "reason": "r"}, status=503)
+    box.update("ready", ready_object(api.url, tmp_path / "data") | {"comms": "https://localhost:27000"})
     result = run("doctor", "--json", "--certs", str(tmp_path / "certs"))
     found = {
         name.partition(" ")[2].partition(" ")[2]: status
@@ -186,7 +189,7 @@ def test_a_broken_box_exits_with_1(api: Any, box: running.Registration, run: Any
         if name.startswith("box")
     }
     assert result.exit_code == 1
-    assert found == {"": "ok", "operator": "fail", "agents": "fail"}
+    assert found == {"": "ok", "operator": "fail", "agents": "fail", "comms": "fail"}
 
 
 def test_certificates_are_looked_at(run: Any, tmp_path: Path) -> None:

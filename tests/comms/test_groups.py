@@ -118,7 +118,7 @@ def test_a_name_that_is_no_file_name_is_refused(name: str, tmp_path: Path) -> No
 def test_what_is_too_large_or_missing_is_refused(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         groups = rig.groups
-        big = "a" * (table.CONFIGURATION_MAX_BYTES + 1)
+        big = "a" * (table.CONFIGURATION_BYTES + 1)
         for tenant, text, status in (("default", big, 400), ("nowhere", "a: 1", 404), ("default", "a: \ud800", 400)):
             error = await refusal(
                 lambda tenant=tenant, text=text: groups.put(tenant, "web", text, actor="op", expected_version=None)

@@ -51,15 +51,28 @@ def test_a_damaged_hash_lets_nobody_in(kept: str) -> None:
 
 def test_who_was_right_before_is_recognised_within_a_bound() -> None:
     async def test() -> None:
-        hasher = Hasher(remembered_max=2)
-        kept = [await hasher.hash(KEY) for _ in range(3)]
+        hasher, other = Hasher(remembered_max=2), Hasher()
+        kept = [await other.hash(KEY) for _ in range(3)]
         for one in kept[:2]:
             assert await hasher.verify(KEY, one)
         assert await hasher.verify(KEY, kept[0])  # the other is now the one that was seen the longest ago
         assert await hasher.verify(KEY, kept[2])
         assert [hasher.remembers(KEY, one) for one in kept] == [True, False, True]
-        assert hasher.statistics() == {"waiting": 0, "hashed": 6, "remembered": 2}
+        assert hasher.statistics() == {"waiting": 0, "hashed": 3, "remembered": 2}
         assert not hasher.remembers(KEY + "x", kept[0])
+
+    trio.run(test)
+
+
+def test_who_was_just_added_is_recognised_and_nobody_else() -> None:
+    async def test() -> None:
+        hasher = Hasher()
+        kept = await hasher.hash(KEY)
+        assert await hasher.verify(KEY, kept)
+        assert hasher.statistics() == {"waiting": 0, "hashed": 1, "remembered": 1}
+        for key, key_hash in ((KEY + "\0", kept), (KEY[:-1], kept), (KEY, await Hasher().hash(KEY[:-1]))):
+            assert not hasher.remembers(key, key_hash)
+            assert not await hasher.verify(key, key_hash)
 
     trio.run(test)
 

@@ -167,6 +167,19 @@ def test_revocation_ends_a_stream_at_once(tmp_path: Path, gone: bool) -> None:
     with_rig(tmp_path, test)
 
 
+def test_who_was_revoked_after_its_token_was_checked_gets_nothing(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        await rig.publish("a")
+        rig.revoke("a", gone=False)  # before there is a seat that could be told
+        async with rig.attach("a") as stream:
+            assert (await stream.next()).reason == "revoked"
+        with pytest.raises(CommsError) as refused:
+            await rig.poll("a")
+        assert (refused.value.status, refused.value.code) == (403, 2706)
+
+    with_rig(tmp_path, test)
+
+
 def test_a_new_key_ends_a_stream_and_another_change_does_not(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         async with rig.attach("a") as stream:

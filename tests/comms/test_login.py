@@ -25,7 +25,8 @@ WRONG = "x" * 32
 
 
 async def add(rig: Rig, uuid: str = "u1", key: str = KEY, **facts: Any) -> None:
-    await rig.add(uuid, key_hash=await rig.hasher.hash(key), **facts)
+    """Added by another box, so that this one has not seen the key."""
+    await rig.add(uuid, key_hash=await Hasher().hash(key), **facts)
 
 
 async def bearer(rig: Rig, uuid: str = "u1", key: str = KEY) -> str:
@@ -257,6 +258,16 @@ def test_guesses_that_wait_already_are_refused_too(tmp_path: Path) -> None:
     with_rig(tmp_path, test, per_address=3)
 
 
+def test_a_key_that_was_sent_as_the_uuid_is_not_kept(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        await add(rig)
+        await refusal(lambda: rig.login.login(KEY, "u1", peer=PEER))
+        await refusal(lambda: rig.login.login("u2", KEY, peer=PEER))
+        assert [row["subject"] for row in await rig.audited("agent.login")] == [f"{KEY[:4]}...", "u2"]
+
+    with_rig(tmp_path, test)
+
+
 def test_an_unknown_agent_costs_as_much_as_a_wrong_key(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         await add(rig)
@@ -342,7 +353,7 @@ def test_a_storm_of_logins_holds_up_nobody(tmp_path: Path) -> None:
         return p99(loud) < max(hash_s / 2, 10 * p99(quiet)), figures
 
     async def test(rig: Rig) -> None:
-        key_hash = await rig.hasher.hash(KEY)
+        key_hash = await Hasher().hash(KEY)
         for number in range(LOGINS):
             await rig.add(f"u{number}", key_hash=key_hash)
         await add(rig, "other")

@@ -131,3 +131,33 @@ def test_a_large_publication_lets_others_run(tmp_path: Path) -> None:
         assert ticks > 20
 
     with_publisher(tmp_path, test)
+
+
+def test_a_publication_with_a_key_is_sent_again_safely(tmp_path: Path) -> None:
+    async def test(rig: Rig, _: Any) -> None:
+        numbers = itertools.count(1)
+        publisher = Publisher(rig.indexer, rig.clock, lambda: f"id{next(numbers)}")
+
+        async def publish(body: Any, key: str = "k", tenant: str = "default") -> list[str]:
+            found = await publisher.publish(parse_publication(body), tenant=tenant, actor="me", key=key)
+            return [each.id for each in found]
+
+        body = {"commands": [g1("b"), g1("a", document_id="x"), g1("b")]}
+        first = await publish(body)
+        assert first[1] == "x"
+        assert len(set(first)) == 3
+        assert await publish(body) == first
+        again = await publish({"agents": ["b"], "action": RESTART}, key="other")
+        assert {each.id for each in await rig.commands.page()} == {*first, *again}
+        for other in (
+            {"agents": ["b"], "action": {"name": "restart", "args": {"now": True}}},
+            {"commands": [g1("b"), g1("a")]},
+        ):
+            with pytest.raises(CommsError, match="another one") as refused:
+                await publish(other)
+            assert refused.value.status == 409
+        with pytest.raises(CommsError, match="another one"):
+            await publish(body, key="third")  # x is taken by the first
+        assert len(await rig.commands.page()) == 4
+
+    with_publisher(tmp_path, test)

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import trio
 
+from osqbox.comms import routes
 from osqbox.comms.messages import AgentStatus
 from osqbox.settings import CommsSettings
 
@@ -148,6 +149,8 @@ def test_a_body_or_query_that_names_another_agent_is_400_and_does_nothing(tmp_pa
             for body in (
                 lines({"module": "fim", "id": "1", "agent": {"id": other.uuid}, "data": {"a": 1}}),
                 lines({"module": "fim", "id": "1", "uuid": other.uuid, "data": {"a": 1}}),
+                lines({"module": "fim", "id": "1", "agent": {"id": known.uuid, "uuid": other.uuid}, "data": {"a": 1}}),
+                lines({"module": "fim", "id": "1", "agent.id": other.uuid, "data": {"a": 1}}),
                 lines(g1_agent(other.uuid), {"module": "fim", "id": "1", "operation": "create"}, {"a": 1}),
             ):
                 assert other.uuid in (await known.ask("POST", path, 400, content=body)).json()["message"]
@@ -159,6 +162,17 @@ def test_a_body_or_query_that_names_another_agent_is_400_and_does_nothing(tmp_pa
 
 
 # events
+
+
+def test_who_says_it_is_the_c_agent_has_its_body_read_as_that_agents(tmp_path: Path) -> None:
+    async def test(door: Door) -> None:
+        known = await door.agent()
+        agent = {"User-Agent": G1["User-Agent"]}
+        for path in ("/events/stateless", "/events/stateful"):
+            for body in (lines(g1_agent(known.uuid)), lines({"module": "fim", "id": "1", "data": {}})):
+                await known.ask("POST", path, 400, content=body, headers=agent)
+
+    run_door(tmp_path, test)
 
 
 def test_stateless_events_are_answered_on_receipt_and_stored(tmp_path: Path) -> None:
@@ -442,6 +456,33 @@ def test_configuration_is_that_of_the_agents_groups_with_an_etag(tmp_path: Path)
         assert (await known.ask("GET", "/configuration", 304, headers=etag)).content == b""
         await door.local_ask("PUT", put, 200, content="log: {level: 3}\n")
         assert (await known.ask("GET", "/configuration", 200, headers=etag)).json()["version"] == 3
+
+    run_door(tmp_path, test)
+
+
+def test_an_old_text_again_has_its_new_version(tmp_path: Path) -> None:
+    """Also where it was put together before, for the same groups."""
+
+    async def test(door: Door) -> None:
+        known = await door.agent()
+        for version, text in enumerate(("a: 1\n", "a: 2\n", "a: 1\n"), 1):
+            await door.local_ask("PUT", "/configuration", 200, content=text)
+            assert (await known.ask("GET", "/configuration", 200)).json()["version"] == version
+
+    run_door(tmp_path, test)
+
+
+def test_configurations_that_are_kept_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "CACHE_BYTES", 5000)
+
+    async def test(door: Door) -> None:
+        known = await door.agent()
+        for number in range(8):
+            await door.local_ask("PUT", "/configuration", 200, content=f"a: {number}\n")
+            await known.ask("GET", "/configuration", 200)
+            kept = door.comms.api._configurations
+            assert sum(len(each.body) + routes.CACHED_BYTES for each in kept.values()) <= 5000
+            assert kept
 
     run_door(tmp_path, test)
 

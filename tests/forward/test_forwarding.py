@@ -17,6 +17,7 @@ import trustme
 from osqbox.errors import BadSetup, Unsafe
 from osqbox.forward import delivery
 from osqbox.forward.messages import SourceName
+from osqbox.forward.sinks import FileSink
 
 from ._rig import (
     Posted,
@@ -121,6 +122,24 @@ def test_the_end_does_not_wait_for_a_sink_that_is_down(tmp_path: Path) -> None:
             assert time.monotonic() - began < 0.5
 
     run(test)
+
+
+def test_a_file_that_cannot_be_closed_does_not_fail_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = FileSink.close
+
+    async def fail(sink: FileSink) -> None:
+        close(sink)
+        raise OSError("a disk that is full only now")
+
+    monkeypatch.setattr(FileSink, "aclose", fail)
+
+    async def test() -> None:
+        async with open_store(tmp_path) as store, forwarding(store, f"file:{tmp_path}/out") as opened:
+            await log_lines(store, numbered(3))
+            await all_sent(opened, 3)
+
+    run(test)
+    assert lines_of(tmp_path / "out") == numbered(3)
 
 
 def test_dropped_by_retention_is_counted(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_job_output_of_a_real_job(tmp_path: Path) -> None:
     [
         (("--forward", "nowhere"), 2, "--forward: expected file:PATH"),
         (("--forward", "file:/no/such/dir/out"), 3, "expected a directory"),
+        (("--forward", "file:/tmp"), 3, "got the directory /tmp"),
         (("--forward", "stdout:", "--forward", "stdout:"), 2, "stdout: twice"),
         (("--forward", "http://h.example/", "--forward-auth-file", "x"), 7, "in the clear"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from sqlite_utils import Database
@@ -16,6 +17,7 @@ from sqlite_utils import Database
 from osqbox import audit, tenants
 from osqbox.comms.errors import CommsError
 from osqbox.comms.front import Comms, open_comms
+from osqbox.comms.hub import Bye
 from osqbox.comms.keys import DIRECTORY
 from osqbox.comms.sqlite import MIGRATIONS
 from osqbox.settings import CommsSettings, Retention
@@ -103,6 +105,21 @@ def test_a_bad_agent_is_refused(body: dict[str, Any], status: int, words: str, d
         await rig.post("/api/v1/agents", {"name": "taken", "uuid": "taken"}, 201)
         assert words in (await rig.post("/api/v1/agents", body, status)).json["error"]
         assert len(await comms.indexer.agents.page()) == 1
+
+    desk(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("agents/nobody", "osqbox comms agents"),
+        ("groups/nowhere", "osqbox comms config"),
+        ("commands/nothing", "osqbox comms commands"),
+    ],
+)
+def test_what_does_not_exist_says_where_to_look(path: str, hint: str, desk: Any) -> None:
+    async def test(rig: Any, comms: Comms) -> None:
+        assert (await rig.get(f"/api/v1/{path}", 404)).json["hint"] == hint
 
     desk(test)
 
@@ -200,6 +217,28 @@ def test_agents_of_another_tenant_look_as_if_there_were_none(desk: Any) -> None:
         await rig.get("/api/v1/groups/web", 404)
         await rig.put("/api/v1/groups/web?tenant=nowhere", {"configuration": "a: 1"}, 404)
         assert await comms.indexer.commands.page() == []
+
+    desk(test)
+
+
+def test_closing_a_tenant_ends_its_streams_and_no_other(desk: Any) -> None:
+    async def test(rig: Any, comms: Comms) -> None:
+        agents = {}
+        for tenant in ("default", "other"):
+            added = (await rig.post("/api/v1/agents", {"name": "web-1", "tenant": tenant}, 201)).json
+            agents[tenant] = await comms.indexer.agents.find(added["uuid"])
+        until = comms.clock.now() + 900
+        async with (
+            comms.hub.attach(agents["default"], connection="c1", after=None, expires_at=until) as kept,
+            comms.hub.attach(agents["other"], connection="c2", after=None, expires_at=until) as ended,
+        ):
+            assert (await kept.next(0), await ended.next(0)) == (None, None)
+            await rig.delete("/api/v1/tenants/other")
+            with trio.fail_after(5):
+                bye = await ended.next()
+            assert isinstance(bye, Bye)
+            assert bye.reason == "revoked"
+            assert await kept.next(0) is None
 
     desk(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from sqlite_utils import Database
 
 from osqbox import audit, tenants
+from osqbox.comms.front import Comms
 from osqbox.comms.messages import Change, Command, Result
 from osqbox.comms.publisher import Publisher
 from osqbox.comms.registration import new_agent
@@ -36,7 +38,8 @@ def desk(rig: Any) -> Callable[[Test], None]:
             await add_agent(indexer, name)
         await add_agent(indexer, "c", "other")
         publisher = Publisher(indexer, without.clock, without.parts.new_id)
-        comms: Any = SimpleNamespace(indexer=indexer, publisher=publisher)
+        comms: Any = SimpleNamespace(store=without.store, indexer=indexer, publisher=publisher)
+        comms.check_tenant, comms.command = partial(Comms.check_tenant, comms), partial(Comms.command, comms)
         made = type(without)(replace(without.parts, comms=comms), without.clock, without.stops, without._nursery)
         await test(made, indexer)
 

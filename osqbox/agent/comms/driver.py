@@ -135,8 +135,10 @@ class CommsAgent:
         """Register with the server. Raises RefusedByServer."""
         thread = self.core.enroll(uuid, key, secret, adopt=adopt)
         try:
-            while isinstance(effect := await self._advance(thread, None), Sleep):
+            effect = await self._advance(thread, None)
+            while isinstance(effect, Sleep):
                 await trio.sleep(effect.seconds or 0)
+                effect = await self._advance(thread, None)
         finally:
             with trio.CancelScope(shield=True):
                 await self._wire.aclose()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any
 from urllib.parse import quote
 
@@ -260,7 +261,7 @@ class SpikeCore(Core):
                 return (yield from self._upgrade(order.args["file_name"], until))
             case "set-group":
                 self.set_groups(group_names(order.args) or [])
-        return (yield from self._configure())
+        return (yield from self._configure(until))
 
     # -- configuration and upgrades ------------------------------------------------------------------------------
 
@@ -275,14 +276,20 @@ class SpikeCore(Core):
             yield from self._again("config", reply, attempt)
             yield from self.with_token()
 
-    def _configure(self) -> Thread[Outcome]:
-        yield from self.with_token()
-        reply = yield self._get_configuration()
-        code, message = self._configured(reply)
-        if code != SUCCESS:
-            self.failed("config", reply, "" if not reply.ok else message)
-            if reply.status in _LOGIN_AGAIN:
-                self.log_in_again()
+    def _configure(self, until: float) -> Thread[Outcome]:
+        """Fetch it, again and again while the server is away or busy."""
+        for attempt in count(1):
+            yield from self.with_token()
+            reply = yield self._get_configuration()
+            code, message = self._configured(reply)
+            if code == SUCCESS:
+                break
+            if reply.ok or reply.status in _NEVER:
+                self.failed("config", reply, message if reply.ok else "")
+                break
+            yield from self._again("config", reply, attempt)
+            if self.now() > until:
+                return timed_out()
         return code, message
 
     def _get_configuration(self) -> Send:

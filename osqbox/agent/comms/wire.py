@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import ssl
 from collections.abc import Iterator
 from dataclasses import replace
@@ -349,10 +350,17 @@ def _broken_when_it_breaks(*, before_answer: bool = False) -> Iterator[None]:
 
 def _cause(error: BaseException) -> str:
     """What TLS or the socket said, without addresses and numbers that differ each time."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while True:
+        if isinstance(error, BaseExceptionGroup):  # of all addresses of a host
+            error = error.exceptions[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            break
     if isinstance(error, ssl.SSLError):
         return getattr(error, "verify_message", "") or error.reason or "TLS failed"
     if isinstance(error, OSError):
+        if error.errno is not None and error.errno > 0:
+            return os.strerror(error.errno)  # Trio puts the address into its own
         return error.strerror or str(error) or type(error).__name__
     return str(error) or type(error).__name__

@@ -79,7 +79,7 @@ async def open_opensearch(
     """The shared indexer; if it cannot be reached it is down at first, and there by itself as soon as it can.
 
     ``is_needed``: whether an agent waits on this box, so that the journal is looked at often. ``prefix`` is that of
-    the fleet's indices. Raises BadSetup, BadUsage.
+    the fleet's indices. Raises BadSetup, BadUsage, Unsafe.
     """
     from .client import open_client, running
     from .journal import Journal

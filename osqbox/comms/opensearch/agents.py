@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from osqbox import audit, tenants
+from osqbox import audit
 from osqbox.clock import Clock
 from osqbox.comms.errors import CommsError, conflict, not_found
 from osqbox.comms.messages import Agent, AgentStatus, Change, Credentials, Json
-from osqbox.comms.registration import check_groups, check_name, check_uuid
+from osqbox.comms.registration import check_groups, check_name, check_tenant, check_uuid
 from osqbox.comms.seams import Groups
 from osqbox.comms.sqlite.agents import TAKEN_NAME, TAKEN_UUID
 from osqbox.store import Store, Tx
@@ -116,7 +116,7 @@ class OpenSearchAgents:
 
     async def add(self, agent: Agent, key_hash: str, *, actor: str) -> Agent:
         check_groups(agent.groups)
-        self._check_tenant(agent.tenant)
+        self._store.peek(partial(check_tenant, name=agent.tenant))
         with self._client.whole_answer():
             if await self._client.get("agents", agent.uuid) is not None:
                 raise _taken_uuid(agent.uuid)
@@ -242,13 +242,6 @@ class OpenSearchAgents:
         if document is None:
             raise not_found(f"Agent {uuid!r}")
         return document
-
-    def _check_tenant(self, name: str) -> None:
-        tenant = self._store.peek(partial(tenants.find, name=name))
-        if tenant is None:
-            raise not_found(f"Tenant {name!r}")
-        if tenant.closed_at is not None:
-            raise conflict(f"tenant {name!r} is closed")
 
     async def _check_groups(self, tenant: str, names: Sequence[str]) -> None:
         for name in names:

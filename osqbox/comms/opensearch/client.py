@@ -10,6 +10,7 @@ Index names are given without the prefix that the boxes of one fleet share.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
@@ -25,7 +26,9 @@ import trio
 
 from osqbox.comms.errors import CommsError, IndexerDown
 from osqbox.comms.messages import Json
-from osqbox.errors import BadSetup, BadUsage
+from osqbox.errors import BadSetup, BadUsage, Unsafe
+
+log = logging.getLogger(__name__)
 
 REQUEST_S = 10.0
 """One request to the indexer."""
@@ -45,14 +48,17 @@ READ_MAX = 1000
 BULK_BYTES = 8 * 1024 * 1024
 BULK_LINES = 4000
 """One bulk request ends behind either; far below what an indexer accepts, so that no piece takes long."""
+NO_SHARD_PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 LATENCIES = 2000
 """The latest ones, of which the percentiles are."""
 
 NOT_FOUND = 404
 CONFLICT = 409
 OVERLOADED = 429
-DENIED = frozenset((401, 403))
+PASSING = frozenset((401, 403, 408, OVERLOADED))
+"""May be different the next time: credentials that are mended, a cluster that has not found its shards in time."""
 SERVER_ERROR = 500
+LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 FOREIGN = "expected an OpenSearch-compatible indexer, got another kind of answer"
 
 Source: TypeAlias = dict[str, Json]
@@ -79,6 +85,10 @@ class NoIndex(IndexerDown):
     """The index does not exist; of the box's own ones that means they have to be prepared again."""
 
 
+class NoShard(IndexerDown):
+    """A part of an index is not there: it is being made, or its node is lost."""
+
+
 class Unexpected(CommsError):
     """The indexer refused what the box sent: a fault of the set-up or of the box, not of the agent."""
 
@@ -96,14 +106,17 @@ class Client:
         self._prepare = prepare
         self._threads = trio.CapacityLimiter(THREADS)
         self._probe_threads = trio.CapacityLimiter(1)
-        self._under_way: dict[object, float] = {}
-        """When each call began, oldest first."""
+        self._under_way: dict[trio.CancelScope, float] = {}
+        """When each call began, oldest first; they end when the probe finds the indexer down."""
         self._up = False
         self._arrived = trio.Event()
         self._suspect = trio.Event()
-        self._problem = "it has not answered yet"
+        self._problem = "has not answered yet"
+        """What the indexer did or did not."""
         self._down_since = monotonic()
         self._down_s = 0.0
+        self._is_told = False
+        """Whether the log has said that it is down: once for each time."""
         self._counts: Counter[str] = Counter()
         self._latencies_s: deque[float] = deque(maxlen=LATENCIES)
 
@@ -126,8 +139,17 @@ class Client:
         return await self._read(self.path(index, "_mget"), [{"_id": each} for each in ids], empty_ok=False)
 
     async def read(self, addresses: Sequence[tuple[str, str]]) -> list[Document | None]:
-        """As `get`, one for each index and id in order; an index that is not there has no documents."""
+        """As `get`, one for each index and id in order; an index that is not there has no documents.
+
+        One that is just being made, with the first document of any agent, is waited for.
+        """
         docs = [{"_index": self.index_name(index), "_id": name} for index, name in addresses]
+        for pause_s in NO_SHARD_PAUSES_S:
+            try:
+                return await self._read("/_mget", docs, empty_ok=True)
+            except NoShard:
+                self._counts["no_shard"] += 1
+                await trio.sleep(pause_s)
         return await self._read("/_mget", docs, empty_ok=True)
 
     async def _read(self, path: str, docs: Sequence[Source], *, empty_ok: bool) -> list[Document | None]:
@@ -208,19 +230,22 @@ class Client:
         indexer: it does not wait among the others and has a short limit.
         """
         if not (self._up or even_down):
-            raise self._refused(f"the indexer cannot be reached: {self._problem}")
+            raise self._refused(f"the indexer {self._problem}")
         if len(self._under_way) >= WAITING:
             raise self._refused(f"{WAITING} requests are waiting for the indexer already")
         encoded = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
-        send = partial(self._send, method, path, params, encoded, PROBE_TIMEOUT_S if even_down else REQUEST_S)
+        timeout_s = PROBE_TIMEOUT_S if even_down else REQUEST_S
+        send = partial(self._send, method, path, params, encoded, timeout_s)
         if even_down:
-            return await self._run(send, self._probe_threads, repeat=False)
-        mark = object()
-        self._under_way[mark] = monotonic()
+            return await self._run(send, self._probe_threads, timeout_s, repeat=False)
+        scope = trio.CancelScope()
+        self._under_way[scope] = monotonic()
         try:
-            return await self._run(send, self._threads, repeat=idempotent)
+            with scope:
+                return await self._run(send, self._threads, timeout_s, repeat=idempotent)
         finally:
-            del self._under_way[mark]
+            del self._under_way[scope]
+        raise self._refused(f"the indexer {self._problem}")
 
     @contextmanager
     def whole_answer(self) -> Generator[None]:
@@ -230,7 +255,9 @@ class Client:
         if scope.cancelled_caught:
             raise self._late(f"no confirmation within {ANSWER_S:.0f} s")
 
-    async def _run(self, send: Callable[[], Any], threads: trio.CapacityLimiter, *, repeat: bool) -> Any:
+    async def _run(
+        self, send: Callable[[], Any], threads: trio.CapacityLimiter, timeout_s: float, *, repeat: bool
+    ) -> Any:
         from opensearchpy import exceptions
 
         try:
@@ -238,11 +265,11 @@ class Client:
             with trio.fail_after(2 * REQUEST_S):
                 answer = await trio.to_thread.run_sync(send, limiter=threads, abandon_on_cancel=True)
         except (exceptions.ConnectionTimeout, trio.TooSlowError) as error:
-            raise self._late(f"no answer within {REQUEST_S:.0f} s") from error
+            raise self._late(f"no answer within {timeout_s:.0f} s") from error
         except exceptions.ConnectionError as error:
             if repeat and self._up:
                 self._counts["repeated"] += 1
-                return await self._run(send, threads, repeat=False)
+                return await self._run(send, threads, timeout_s, repeat=False)
             raise self._lost(_cause(error)) from error
         except exceptions.SerializationError as error:
             raise self._lost(FOREIGN) from error
@@ -275,10 +302,10 @@ class Client:
         if status == NOT_FOUND:
             self._suspect.set()
             raise NoIndex(f"the indexer has no such index: {reason}")
-        if status in DENIED or status == OVERLOADED or status >= SERVER_ERROR:
+        if status in PASSING or status >= SERVER_ERROR:
             self._counts[str(status)] += 1
-            self._problem = f"HTTP {status}: {reason}"
-            raise IndexerDown(f"the indexer answered {self._problem}")
+            self._problem = f"answered HTTP {status}: {reason}"
+            raise IndexerDown(f"the indexer {self._problem}")
         self._counts["unexpected"] += 1
         raise Unexpected(f"the indexer refused a request of this box: HTTP {status}: {reason}")
 
@@ -297,15 +324,15 @@ class Client:
     def _late(self, problem: str) -> IndexerDown:
         """Whether the indexer or only this request is slow, the probe finds out."""
         self._counts["timeout"] += 1
-        self._problem = problem
+        self._problem = f"gave {problem}"
         self._suspect.set()
-        return IndexerDown(f"the indexer gave {problem}")
+        return IndexerDown(f"the indexer {self._problem}")
 
     def _lost(self, problem: str) -> IndexerDown:
         self._counts["unreachable"] += 1
-        self._set_down(problem)
+        self._set_down(f"cannot be reached: {problem}")
         self._suspect.set()
-        return IndexerDown(f"the indexer cannot be reached: {problem}")
+        return IndexerDown(f"the indexer {self._problem}")
 
     def _set_down(self, problem: str) -> None:
         self._problem = problem
@@ -314,10 +341,19 @@ class Client:
             self._down_since = monotonic()
             self._counts["went_down"] += 1
 
+    def _tell_down(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            log.warning("the indexer %s %s; it is tried every second", self.url, self._problem)
+
     def _set_up(self) -> None:
         if not self._up:
             self._up = True
-            self._down_s += monotonic() - self._down_since
+            down_s = monotonic() - self._down_since
+            self._down_s += down_s
+            if self._is_told:
+                self._is_told = False
+                log.warning("the indexer %s is up again after %.0f s", self.url, down_s)
             self._arrived.set()
             self._arrived = trio.Event()
 
@@ -339,7 +375,10 @@ class Client:
         try:
             await self._prepare(self)
         except CommsError as error:
-            self._set_down(error.message)
+            self._set_down(error.message.removeprefix("the indexer "))
+            self._tell_down()
+            for scope in self._under_way:  # the same answer, without the wait for it
+                scope.cancel()
         else:
             self._set_up()
 
@@ -427,6 +466,20 @@ async def running(task: Callable[[], Awaitable[None]]) -> AsyncGenerator[None]:
         nursery.cancel_scope.cancel()
 
 
+def check_url(url: str, *, has_password: bool) -> None:
+    """Raises BadUsage for one that cannot be right, Unsafe where the password would be in the clear."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadUsage(f"--indexer-url: expected the indexer as https://HOST:PORT, got {parts.scheme or 'no'} scheme")
+    if parts.username is not None:
+        raise BadUsage("--indexer-url: expected the indexer's URL without credentials", hint="--indexer-auth-file FILE")
+    if has_password and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        raise Unsafe(
+            f"--indexer-auth-file: its password would go to {parts.hostname} in the clear",
+            hint=f"--indexer-url https://{parts.netloc}",
+        )
+
+
 def _transport(url: str, ca: Path | None, auth: tuple[str, str] | None) -> Any:
     import ssl
 
@@ -441,18 +494,15 @@ def _transport(url: str, ca: Path | None, auth: tuple[str, str] | None) -> Any:
 
         def _raise_warnings(self, _: Any) -> None: ...
 
+    check_url(url, has_password=auth is not None)
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadUsage(f"expected the indexer as https://HOST:PORT, got {parts.scheme or 'no'} scheme")
-    if parts.username is not None:
-        raise BadUsage("expected the indexer's URL without credentials", hint="--indexer-auth-file FILE")
     options: dict[str, Any] = {}
     if parts.scheme == "https":
         try:
             options["ssl_context"] = ssl.create_default_context(cafile=None if ca is None else str(ca))
         except (OSError, ssl.SSLError) as error:
             raise BadSetup(f"cannot use the indexer's CA {ca}: {error}") from error
-    host = {"host": parts.hostname, "port": parts.port or (443 if parts.scheme == "https" else 9200)}
+    host = {"host": parts.hostname, "port": parts.port or (443 if parts.scheme == "https" else 80)}
     if parts.path.strip("/"):
         host["url_prefix"] = parts.path.strip("/")
     return Transport(
@@ -475,7 +525,8 @@ def precondition(over: Document | None) -> Source | None:
 def _document(answer: Source, *, empty_ok: bool = False) -> Document | None:
     error = answer.get("error")  # of one item of an mget
     if error and not (empty_ok and error.get("type") == "index_not_found_exception"):
-        raise IndexerDown(f"the indexer could not read a document: {_reason(answer)}")
+        kind = NoShard if error.get("type") == "no_shard_available_action_exception" else IndexerDown
+        raise kind(f"the indexer could not read a document: {_reason(answer)}")
     if not answer.get("found"):
         return None
     return Document(answer["_id"], answer["_source"], answer["_seq_no"], answer["_primary_term"])

@@ -219,7 +219,8 @@ class OpenSearchCommands:
         is_all = False
         while len(offered) < limit and not is_all:
             places, is_all = await self._candidates(agent, seq, limit, now)
-            commands = await self._read([each for _, each in places])
+            numbers = {seq for seq, _ in places}  # not that of an entry that came late with ids that were there
+            commands = [each for each in await self._read([one for _, one in places]) if each.seq in numbers]
             offered += [each for each in commands if each.status in OFFERED_STATES and each.expires_at > now]
             seq = places[-1][0] if places else seq
         return offered[:limit]
@@ -291,7 +292,7 @@ class OpenSearchCommands:
     async def _read(self, ids: Sequence[str]) -> list[Command]:
         """As they are now, in order, without those that are not there."""
         found = await self._documents(ids)
-        return [_command(found[each].source) for each in ids if each in found]
+        return [_command(found[each].source) for each in dict.fromkeys(ids) if each in found]
 
     async def _documents(self, ids: Sequence[str]) -> dict[str, Document]:
         """As they are now. One that its publisher has not stored yet is stored."""

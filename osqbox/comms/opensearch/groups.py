@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from osqbox import audit, tenants
+from osqbox import audit
 from osqbox.clock import Clock
 from osqbox.comms.errors import conflict, not_found
 from osqbox.comms.messages import Change, Group
-from osqbox.comms.registration import DEFAULT_GROUP, check_group_name
+from osqbox.comms.registration import DEFAULT_GROUP, check_group_name, check_tenant
 from osqbox.comms.sqlite.groups import GROUPS_MAX, KEPT_VERSIONS, encoded
 from osqbox.store import Store, Tx
 
@@ -47,8 +47,7 @@ class OpenSearchGroups:
     ) -> Group:
         check_group_name(name)
         data = encoded(configuration)
-        if self._store.peek(partial(tenants.find, name=tenant)) is None:
-            raise not_found(f"Tenant {tenant!r}")
+        self._store.peek(partial(check_tenant, name=tenant))
         digest = hashlib.sha256(data).hexdigest()
         with self._client.whole_answer():
             group, is_changed = await self._put(tenant, name, configuration, digest, actor, expected_version)

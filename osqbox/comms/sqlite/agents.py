@@ -10,14 +10,15 @@ from typing import Any
 import msgspec
 from sqlite_utils import Database, Migrations
 
-from osqbox import audit, tenants
+from osqbox import audit
 from osqbox.comms.errors import conflict, not_found
 from osqbox.comms.messages import Agent, AgentStatus, Change, Credentials, Json
-from osqbox.comms.registration import check_groups, check_name
+from osqbox.comms.registration import check_groups, check_name, check_tenant
 from osqbox.comms.seams import OnChange
 from osqbox.store import Store, Tx
 
 from . import groups as group_table
+from .commands import cancel_of_agent
 from .durable import durably
 
 TAKEN_NAME, TAKEN_UUID = 1705, 1708
@@ -62,19 +63,12 @@ COLUMNS = (
     '(SELECT "group" FROM comms_agent_groups WHERE agent = uuid ORDER BY position))'
 )
 
-CancelCommands = Callable[[Tx, str, str], object]
-"""Cancels the open commands of an agent for an actor, in the transaction that deletes the agent."""
-
-
-def _cancel_nothing(tx: Tx, uuid: str, actor: str) -> None:
-    """For an indexer without commands."""
-
 
 class SqliteAgents:
     """The seam `Agents`."""
 
-    def __init__(self, store: Store, on_change: OnChange, cancel_commands: CancelCommands = _cancel_nothing) -> None:
-        self._store, self._on_change, self._cancel_commands = store, on_change, cancel_commands
+    def __init__(self, store: Store, on_change: OnChange) -> None:
+        self._store, self._on_change = store, on_change
 
     async def find(self, uuid: str) -> Agent | None:
         return self._store.peek(partial(find, uuid=uuid))
@@ -103,7 +97,7 @@ class SqliteAgents:
     async def delete(self, uuid: str, *, actor: str) -> None:
         def work(tx: Tx) -> Agent:
             agent = delete(tx, uuid, actor=actor)
-            self._cancel_commands(tx, uuid, actor)
+            cancel_of_agent(tx, uuid, actor)
             return agent
 
         await self._change(work)
@@ -150,11 +144,7 @@ def credentials(db: sqlite3.Connection, uuid: str) -> Credentials | None:
 
 
 def add(tx: Tx, agent: Agent, key_hash: str, *, actor: str) -> Agent:
-    tenant = tenants.find(tx.db, agent.tenant)
-    if tenant is None:
-        raise not_found(f"Tenant {agent.tenant!r}")
-    if tenant.closed_at is not None:
-        raise conflict(f"tenant {agent.tenant!r} is closed")
+    check_tenant(tx.db, agent.tenant)
     if tx.db.execute("SELECT 1 FROM comms_agents WHERE uuid = ?", (agent.uuid,)).fetchone():
         raise conflict(f"an agent with the id {agent.uuid!r} exists already", code=TAKEN_UUID)
     _check_name_is_free(tx.db, agent.tenant, agent.name)

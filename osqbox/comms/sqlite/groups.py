@@ -9,10 +9,11 @@ from typing import Any
 
 from sqlite_utils import Database, Migrations
 
-from osqbox import audit, tenants
+from osqbox import audit
 from osqbox.comms.errors import bad_request, conflict, not_found
 from osqbox.comms.messages import Change, Group
-from osqbox.comms.registration import DEFAULT_GROUP, check_group_name
+from osqbox.comms.protocol import CONFIGURATION_BYTES
+from osqbox.comms.registration import DEFAULT_GROUP, check_group_name, check_tenant
 from osqbox.comms.seams import OnChange
 from osqbox.store import Store, Tx
 
@@ -22,7 +23,6 @@ KEPT_VERSIONS = 100
 """Of one group; older ones are forgotten."""
 GROUPS_MAX = 10_000
 """In one tenant."""
-CONFIGURATION_MAX_BYTES = 1024 * 1024
 
 migrations = Migrations("comms_groups")
 
@@ -109,8 +109,7 @@ def put(
     """The group as it is now, and whether anything changed."""
     check_group_name(name)
     data = encoded(configuration)
-    if tenants.find(tx.db, tenant) is None:
-        raise not_found(f"Tenant {tenant!r}")
+    check_tenant(tx.db, tenant)
     before = find(tx.db, tenant, name)
     version = before.version if before else 0
     if expected_version is not None and expected_version != version:
@@ -174,8 +173,8 @@ def encoded(configuration: str) -> bytes:
         data = configuration.encode()
     except UnicodeEncodeError:
         raise bad_request("configuration: expected text, got half a surrogate pair") from None
-    if len(data) > CONFIGURATION_MAX_BYTES:
-        raise bad_request(f"configuration: expected at most {CONFIGURATION_MAX_BYTES} bytes, got {len(data)}")
+    if len(data) > CONFIGURATION_BYTES:
+        raise bad_request(f"configuration: expected at most {CONFIGURATION_BYTES} bytes, got {len(data)}")
     return data
 
 

@@ -112,6 +112,45 @@ def test_commands_over_a_stream_are_resumed_where_it_was_cut() -> None:
     run(main)
 
 
+def test_a_server_that_is_not_there_is_told_in_its_own_words() -> None:
+    async def main() -> None:
+        async with serving() as server:
+            agent = agent_of(server, OPTIONS)
+        async with living(agent):
+            while not agent.statistics.errors:
+                await trio.sleep(0.1)
+        assert list(agent.statistics.errors) == ["login: Connection refused"]
+
+    run(main)
+
+
+def test_a_configuration_is_fetched_again_when_the_server_was_away() -> None:
+    """The command has succeeded then, and failed at once where asking again would not help."""
+
+    async def main() -> None:
+        statuses = [200, 503, 401, 200, 404]
+
+        def config(_seen: Seen) -> Answer:
+            status = statuses.pop(0)
+            return told(status, {"groups": ["default"], "files": []} if status == 200 else {"message": "no"})
+
+        async def stream(seen: Seen, talk: Talk) -> None:
+            await talk.start()
+            for seq in (1, 2):
+                await talk.command(seq, f"c{seq}", "fetch-config")
+            await waiting(seen, talk)
+
+        async with serving(stream=stream, answers={"config": config}) as server, living(agent_of(server, OPTIONS)):
+            await server.until(lambda: len(results(server)) == 2)
+        assert results(server) == [
+            ("c1", 0, "Configuration of 0 groups applied"),
+            ("c2", 1, "Cannot fetch the configuration: HTTP status 404"),
+        ]
+        assert len(server.of("login")) == 2
+
+    run(main)
+
+
 def test_a_command_that_comes_again_is_reported_again_and_not_done_again() -> None:
     async def main() -> None:
         async def stream(seen: Seen, talk: Talk) -> None:

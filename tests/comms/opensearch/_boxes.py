@@ -27,16 +27,6 @@ from tests.comms._commands import HandClock, Rig
 LIMIT_S = 100
 
 
-class OffsetClock(HandClock):
-    """The machine's time, and what the test adds."""
-
-    def __init__(self) -> None:
-        super().__init__(0.0)
-
-    def now(self) -> float:
-        return time.time() + self.at
-
-
 class Box(Rig):
     def __init__(self, name: str, store: Store, clock: HandClock, client: Client) -> None:
         super().__init__(store, clock)
@@ -100,7 +90,8 @@ async def _live(
 class Boxes:
     def __init__(self, url: str, prefix: str, folder: Path, nursery: trio.Nursery) -> None:
         self.url, self.prefix, self.folder, self.nursery = url, prefix, folder, nursery
-        self.clock = OffsetClock()
+        self.clock = HandClock(time.time())
+        """Stands still but for the test, so that nothing is tidied up just then."""
 
     async def start(self, name: str) -> Box:
         box: Box = await self.nursery.start(_live, name, self.url, self.prefix, self.folder, self.clock)

@@ -846,6 +846,7 @@ class Cluster:
         self.refresh_interval = refresh_interval
         self.primary_term = 1
         self.item_refusals: list[int] = []
+        self.missing_shards = 0
 
     def answer(self, request: Request) -> tuple[Answer, Callable[[], None] | None]:
         """The answer, and what has to be waited for before it goes out (``refresh=wait_for``)."""
@@ -1079,6 +1080,10 @@ class Cluster:
     def mget_one(self, request: Request, asked: Source, name: str) -> Source:
         known(asked, {"_index", "_id", "_source", "routing"}, "mget")
         name, key = asked.get("_index", name), str(asked["_id"])
+        if self.missing_shards:
+            self.missing_shards -= 1
+            error = {"type": "no_shard_available_action_exception", "reason": "No shard available for [...]"}
+            return {"_index": name, "_id": key, "error": error}
         if name not in self.indices:
             return {"_index": name, "_id": key, "error": no_index(name).cause()}
         index = self.indices[name]
@@ -1320,6 +1325,11 @@ class StandIn:
     def drop(self, pattern: str = "", *, times: float = 1) -> None:
         """Process the next ``times`` requests and cut the connection instead of answering."""
         self._faults.append(Fault(pattern, times, drop=True))
+
+    def miss_shards(self, times: int) -> None:
+        """The next ``times`` documents asked for by _mget are in an index that is just being made."""
+        with self.cluster.lock:
+            self.cluster.missing_shards += times
 
     def reject_items(self, times: int, status: int = 429) -> None:
         """Refuse the next ``times`` operations inside bulk requests."""

@@ -18,8 +18,8 @@ import trustme
 from osqbox.comms.errors import CommsError, IndexerDown
 from osqbox.comms.opensearch import client as client_module
 from osqbox.comms.opensearch import mapping
-from osqbox.comms.opensearch.client import Client, Conflict, Together, Unexpected, open_client
-from osqbox.errors import BadSetup, BadUsage
+from osqbox.comms.opensearch.client import Client, Conflict, Together, Unexpected, check_url, open_client
+from osqbox.errors import BadSetup, BadUsage, Unsafe
 
 from .standin import StandIn
 
@@ -357,6 +357,39 @@ def test_an_url_that_cannot_be_used_is_refused_with_its_reason(url: str) -> None
         assert "s3cret" not in str(caught.value)
 
     run(test)
+
+
+def test_a_password_does_not_travel_in_the_clear() -> None:
+    with pytest.raises(Unsafe, match="in the clear"):
+        check_url("http://opensearch:9200", has_password=True)
+    check_url("https://opensearch:9200", has_password=True)
+    check_url("http://127.0.0.1:9200", has_password=True)
+    check_url("http://opensearch:9200", has_password=False)
+
+
+def test_the_log_says_once_that_it_is_away_and_once_that_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "PROBE_S", 0.01)
+
+    async def test(server: StandIn) -> None:
+        async with opened(server.url) as client:
+            server.fail(503, "", times=1000)
+            with suppress(IndexerDown):
+                await client.get("agents", "a")
+            client._suspect.set()
+            probes = client.statistics()["counts"]["probes"]
+            while client.statistics()["counts"]["probes"] < probes + 5:
+                await trio.sleep(0.01)
+            server.mend()
+            await client.wait_up()
+        told = [record.getMessage() for record in caplog.records if "the indexer" in record.getMessage()]
+        assert len(told) == 2
+        assert "answered HTTP 503" in told[0]
+        assert "is up again" in told[1]
+
+    with StandIn() as server:
+        run(lambda: test(server))
 
 
 def test_a_ca_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def standin() -> Iterator[StandIn]:
         yield server
 
 
+@pytest.fixture
+def _soon_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a box does not settle, another one does after a moment."""
+    monkeypatch.setattr(journal, "SETTLE_S", 0.3)
+    monkeypatch.setattr(journal, "SETTLE_COMMANDS_PER_S", 10_000)
+
+
 def entries(standin: StandIn, boxes: Boxes) -> list[int]:
     return sorted(
         document["n"] for document in standin.documents(boxes.index("journal")).values() if document["kind"] == "entry"
@@ -165,6 +172,7 @@ def test_who_reads_an_entry_stores_what_its_dead_author_could_not(standin: Stand
     with_boxes(standin.url, tmp_path, test)
 
 
+@pytest.mark.usefixtures("_soon_settled")
 def test_a_box_that_starts_settles_what_the_last_one_left(standin: StandIn, tmp_path: Path) -> None:
     async def test(boxes: Boxes, a: Box) -> None:
         await a.publish("a")
@@ -184,6 +192,7 @@ def test_a_box_that_starts_settles_what_the_last_one_left(standin: StandIn, tmp_
     with_boxes(standin.url, tmp_path, test, "A")
 
 
+@pytest.mark.usefixtures("_soon_settled")
 def test_a_large_publication_of_a_dead_box_is_settled_whole(standin: StandIn, tmp_path: Path) -> None:
     async def test(boxes: Boxes, a: Box, b: Box) -> None:
         standin.slow(30, STORED, times=1)
@@ -297,6 +306,7 @@ def test_a_journal_that_was_deleted_is_begun_anew_with_greater_numbers(standin: 
     with_boxes(standin.url, tmp_path, test)
 
 
+@pytest.mark.usefixtures("_soon_settled")
 def test_an_entry_nobody_can_read_does_not_stop_the_others(standin: StandIn, tmp_path: Path) -> None:
     async def test(boxes: Boxes, a: Box, b: Box) -> None:
         await a.publish("a")

@@ -25,8 +25,8 @@ from ._real import Real
 pytestmark = pytest.mark.timeout(300)
 
 AGENTS = 12
-FREEZE_S = 11.5
-"""Longer than the limit of one request."""
+FREEZE_S = 7.5
+"""Longer than it takes the probe to see it; requests under way end then, before their own limit."""
 PROMISED_S = 30.0
 
 
@@ -150,7 +150,7 @@ def test_what_was_acknowledged_survives_a_frozen_and_a_killed_indexer(own_opense
             nursery.cancel_scope.cancel()
         await storm.check()
         assert storm.refused > 0
-        assert storm.slowest_s < PROMISED_S
+        assert storm.slowest_s < PROMISED_S / 2
         assert max(pauses_s) < 2.0
         print(
             f"\n{before} batches in the first 1.5 s, {sum(storm.acknowledged.values())} acknowledged, {storm.refused} "

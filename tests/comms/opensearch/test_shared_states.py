@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from osqbox.comms.errors import IndexerDown
-from osqbox.comms.opensearch import OpenSearchIndexer, states
+from osqbox.comms.opensearch import OpenSearchIndexer, client, states
 from tests.comms import contract
 from tests.comms.contract import CREATE, DELETE, PACKAGES, World, change
 from tests.comms.opensearch.test_contract import opener
@@ -43,9 +43,15 @@ async def until_acknowledged(world: World, send: Callable[[], Awaitable[list[tup
 @pytest.mark.parametrize("request_number", range(5))
 @pytest.mark.parametrize("is_processed", [True, False], ids=["answer lost", "request refused"])
 def test_a_batch_that_broke_off_anywhere_is_applied_once(
-    batch: str, request_number: int, is_processed: bool, standin: StandIn, tmp_path: Path
+    batch: str,
+    request_number: int,
+    is_processed: bool,
+    standin: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its requests: read, note what is deleted, store, store the answer; and none at all."""
+    monkeypatch.setattr(client, "PROBE_S", 0.1)
 
     async def test(world: World) -> None:
         agent = await world.add()
@@ -78,6 +84,18 @@ def test_a_batch_that_broke_off_anywhere_is_applied_once(
             "old": (2, 2),
             "twice": (1, 2),
         }
+
+    run(test, standin, tmp_path)
+
+
+def test_an_index_that_is_just_being_made_is_waited_for(standin: StandIn, tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        agent = await world.add()
+        standin.miss_shards(3)
+        assert await world.apply(agent, change("p"), batch="key:k") == [("created", 201)]
+        standin.miss_shards(1000)
+        with pytest.raises(IndexerDown, match="no_shard"):
+            await world.apply(agent, change("q"), batch="key:l")
 
     run(test, standin, tmp_path)
 

@@ -92,7 +92,9 @@ def serving(folder: Path, indexer: str, keys: Path) -> Iterator[Box]:
 @pytest.fixture(params=["standin", pytest.param("real", marks=pytest.mark.timeout(300))])
 def indexer_url(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "real":
-        yield request.getfixturevalue("opensearch_url")
+        url = request.getfixturevalue("opensearch_url")
+        httpx.delete(f"{url}/osqbox-*").raise_for_status()  # boxes have this one prefix
+        yield url
         return
     with StandIn() as server:
         yield server.url
@@ -119,6 +121,10 @@ def test_one_agent_at_two_boxes(indexer_url: str, tmp_path: Path) -> None:
                 report(a if number % 3 else b, token, uuid, command["document_id"])
         assert received == list(range(12))
 
+        event = {"module": "log", "message": "kept here, searched there"}
+        assert a.comms.post("/events/stateless", json=event, headers=bearer(token)).status_code == 202
+        forwarded(indexer_url, uuid)
+
         a.publish(uuid, 12)
         a.kill()
         b.publish(uuid, 13)
@@ -137,6 +143,21 @@ def test_one_agent_at_two_boxes(indexer_url: str, tmp_path: Path) -> None:
         while b.comms.get("/api/v1/commands?wait=0", headers=bearer(token)).status_code != 403:
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+def forwarded(indexer_url: str, uuid: str) -> None:
+    """The box's stateless events are in the indexer as well."""
+    until = time.monotonic() + 10
+    body = {"query": {"term": {"agent": uuid}}}
+    while True:
+        httpx.post(f"{indexer_url}/osqbox-events/_refresh")
+        answer = httpx.post(f"{indexer_url}/osqbox-events/_search", json=body)
+        if answer.status_code == 200 and answer.json()["hits"]["hits"]:
+            break
+        assert time.monotonic() < until, answer.text
+        time.sleep(0.05)
+    [hit] = answer.json()["hits"]["hits"]
+    assert hit["_source"]["data"]["message"] == "kept here, searched there"
 
 
 def report(box: Box, token: str, uuid: str, id: str) -> None:
