@@ -98,6 +98,8 @@ class _Seat:
     connection: str
     expires_at: float
     is_poll: bool
+    after: int | None = None
+    """Of a poll that keeps its place: the seq behind which it reads."""
     wake: trio.Event = field(default_factory=trio.Event)
     is_behind: bool = True
     """There may be commands that it has not read."""
@@ -262,13 +264,17 @@ class Hub:
         wait_s: float | None = None,
         expires_at: float,
         wait_gone: Callable[[], Awaitable[None]] | None = None,
+        after: int | None = None,
     ) -> list[Command]:
         """What is offered to an agent that keeps commands by id; nothing: answer 408.
+
+        With ``after`` it keeps its place as a stream's agent does: everything behind it that is not acknowledged, also
+        what was given before; from the beginning when that number is unknown.
 
         The commands are noted as sent: the caller says with `answered` how the answer ended. ``wait_s``: None is a
         jittered default. Raises CommsError 403 when the agent is revoked meanwhile, IndexerDown.
         """
-        seat = _Seat(agent, connection, expires_at, is_poll=True)
+        seat = _Seat(agent, connection, expires_at, is_poll=True, after=after)
         self._sit(seat)
         try:
             return await self._while_there(seat, self._hold_s(wait_s), wait_gone)
@@ -336,18 +342,20 @@ class Hub:
 
     async def _take(self, seat: _Seat) -> list[Command]:
         """What may be sent to this poll, noted as sent."""
-        if offered := await self._offered(seat.agent.uuid):
+        if offered := await self._offered(seat.agent.uuid, seat.after):
             seat.taken = offered
             await self._commands.note_sent(seat.agent.uuid, [each.id for each in offered], self._clock.now())
             self._count(offered)
         return offered
 
-    async def _offered(self, agent: str) -> list[Command]:
+    async def _offered(self, agent: str, after: int | None) -> list[Command]:
         offered: list[Command] = []
         seq, page = 0, self._bounds.page_commands
+        if after is not None and await self._commands.known_seq(agent, after):
+            seq = after
         while len(offered) < self._bounds.poll_commands:
             commands = await self._commands.after(agent, seq, limit=page)
-            offered += [each for each in commands if self._may_poll(each)]
+            offered += [each for each in commands if after is not None or self._may_poll(each)]
             if len(commands) < page:
                 break
             seq = commands[-1].seq

@@ -293,9 +293,9 @@ class CommsApi(_Api):
 
     async def _commands(self, ask: _Ask) -> Response:
         agent, claims = await self._authenticated(ask)
-        if ask.profile is Profile.G1:
-            return await self._poll(ask, agent, claims)
         after = streams.last_event_id(ask.request.headers.get("last-event-id", ask.query.get("last_event_id")))
+        if ask.profile is Profile.G1:
+            return await self._poll(ask, agent, claims, after)
         self._comms.hub.check_room()
         connection = self._comms.new_id()
 
@@ -307,17 +307,21 @@ class CommsApi(_Api):
 
         return Response(b"", content_type=streams.SSE_TYPE, headers=streams.SSE_HEADERS, stream=body)
 
-    async def _poll(self, ask: _Ask, agent: Agent, claims: Claims) -> Response:
+    async def _poll(self, ask: _Ask, agent: Agent, claims: Claims, after: int | None) -> Response:
         commands = await self._comms.hub.poll(
             agent,
             connection=self._comms.new_id(),
             wait_s=_wait_s(ask.query),
             expires_at=claims.expires_at,
             wait_gone=ask.request.wait_gone,
+            after=after,
         )
         if not commands:
             raise NOTHING_IN_TIME
-        body = msgspec.json.encode({"commands": [streams.wire(each) for each in commands]})
+        answer: dict[str, Any] = {"commands": [streams.wire(each) for each in commands]}
+        if after is not None:
+            answer["last_event_id"] = commands[-1].seq
+        body = msgspec.json.encode(answer)
         return Response(b"", stream=partial(self._hand_over, agent, commands, body), length_bytes=len(body))
 
     async def _hand_over(self, agent: Agent, commands: list[Command], body: bytes, write: Write) -> None:

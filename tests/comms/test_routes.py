@@ -309,6 +309,26 @@ def test_a_poll_answers_what_waits_then_408_and_delivers_once(tmp_path: Path) ->
     run_door(tmp_path, test)
 
 
+def test_a_poll_that_keeps_its_place_gets_again_what_it_has_not_taken(tmp_path: Path) -> None:
+    async def test(door: Door) -> None:
+        known = await door.agent()
+        documents = [await door.publish(known.uuid) for _ in range(3)]
+
+        async def ask(place: object) -> tuple[list[str], int]:
+            found = (await known.ask("GET", f"/commands?wait=0&last_event_id={place}", 200)).json()
+            return [each["document_id"] for each in found["commands"]], found["last_event_id"]
+
+        given, place = await ask(0)
+        assert given == documents
+        assert await ask(0) == (documents, place)  # the agent was killed before it kept them
+        assert await ask("nonsense") == (documents, place)
+        await known.ask("GET", f"/commands?wait=0&last_event_id={place}", 408)
+        documents.append(await door.publish(known.uuid))
+        assert (await ask(place))[0] == documents[3:]
+
+    run_door(tmp_path, test)
+
+
 def test_a_held_poll_is_answered_the_moment_there_is_a_command(tmp_path: Path) -> None:
     async def test(door: Door) -> None:
         known = await door.agent()

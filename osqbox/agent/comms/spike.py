@@ -223,7 +223,7 @@ class SpikeCore(Core):
         attempt, wait_s = 0, self.options.pace.wait_s
         while True:
             yield from self.with_token()
-            path = f"{BASE}/commands?wait={wait_s:g}"
+            path = f"{BASE}/commands?wait={wait_s:g}&last_event_id={self.last_seq}"
             timeout_s = self.options.pace.request_s + wait_s
             reply = yield self.send("commands", "GET", path, b"", self.bearer(), timeout_s)
             if reply.status in (204, 408):
@@ -235,8 +235,10 @@ class SpikeCore(Core):
                 yield from self._again("commands", reply, attempt)
                 continue
             attempt = 0
-            for order in read_orders(reply.body) or []:
-                self.offered(order)
+            left = [order for order in read_orders(reply.body) or [] if not self.offered(order)]
+            place = (read_object(reply.body) or {}).get("last_event_id")
+            if not left and isinstance(place, int):
+                self._resume_from(place)
             self.store.commit()
 
     def refusal(self, order: Order) -> Outcome | None:

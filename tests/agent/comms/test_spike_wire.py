@@ -528,7 +528,7 @@ def test_commands_by_polling() -> None:
         scripted: list[Any] = [
             Answer(204),
             told(408, {"message": "nothing", "code": 408}),
-            told(200, {"commands": [order("c1", "fetch-config")]}),
+            told(200, {"commands": [order("c1", "fetch-config")], "last_event_id": 7}),
             told(503, {"message": "busy", "code": 503}, ("Retry-After", "3")),
         ]
 
@@ -543,7 +543,9 @@ def test_commands_by_polling() -> None:
         async with serving(answers={"commands": answer}) as server, living(agent_of(server, options)):
             await server.until(lambda: len(server.of("commands")) == 5 and bool(results(server)))
         asked = server.of("commands")
-        assert {seen.target for seen in asked} == {"/api/v1/commands?wait=60"}
+        places = [seen.target.partition("last_event_id=")[2] for seen in asked]
+        assert {seen.target.partition("&")[0] for seen in asked} == {"/api/v1/commands?wait=60"}
+        assert places == ["0", "0", "0", "7", "7"]
         assert asked[3].at - asked[0].at < 0.5
         assert asked[4].at - asked[3].at == pytest.approx(3.3, abs=0.3)
 
