@@ -357,7 +357,10 @@ def test_an_announcement_survives_an_indexer_that_is_away(standin: StandIn, tmp_
         await trio.sleep(0.15)
         a.journal.announce("a", "newer")
         standin.start()
-        await until(lambda: bool(b.heard("attached")))
+        # The older one may have been on its way already: it may come before the newer one, and never behind it.
+        await until(lambda: "newer" in [each.connection for each in b.heard("attached")])
+        await a.publish("y")
+        await until(lambda: b.journal.head == a.journal.head)
         assert [each.connection for each in b.heard("attached")][-1] == "newer"
 
     with_boxes(standin.url, tmp_path, test)
