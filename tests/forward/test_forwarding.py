@@ -119,7 +119,7 @@ def test_the_end_does_not_wait_for_a_sink_that_is_down(tmp_path: Path) -> None:
             async with forwarding(store, "http://127.0.0.1:9/in") as opened:
                 await until(lambda: not opened.statistics()[0].up)
                 began = time.monotonic()
-            assert time.monotonic() - began < 1.5  # a sink that hangs is waited for 2 s
+            assert time.monotonic() - began < 0.5
 
     run(test)
 

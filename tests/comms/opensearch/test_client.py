@@ -151,7 +151,7 @@ def test_what_cannot_be_reached_fails_at_once_and_is_found_again(standin: StandI
             for _ in range(100):
                 with pytest.raises(IndexerDown):
                     await client.get("agent-names", "1")
-            assert trio.current_time() - began < 1  # far below one request's limit, on a busy machine too
+            assert trio.current_time() - began < 0.2
             await trio.sleep(1.5)
             assert not client.up
             probes = client.statistics()["counts"]["probes"]
@@ -475,7 +475,7 @@ def test_a_box_stops_while_the_indexer_hangs(standin: StandIn) -> None:
             with trio.move_on_after(0.1):
                 await client.get("agent-names", "1")
             began = trio.current_time()
-        assert trio.current_time() - began < 1  # the answer would have taken 2 s
+        assert trio.current_time() - began < 0.3
 
     run(test)
 
